@@ -1,0 +1,63 @@
+# make demo: everything from nothing, on the embedded data. make help: the other targets.
+CONFIG ?= configs/demo.yaml
+ARGS ?=
+PYTHON ?= python3
+LAUNCH ?= $(BIN)/python
+BIN := .venv/bin
+INSTALLED := .venv/installed
+STAGE = $(LAUNCH) stages/$(1).py --config $(CONFIG) $(ARGS)
+# With -j the teachers and folds run side by side, so each process leaves cores to the others.
+PARALLEL = $(findstring -j,$(MAKEFLAGS))
+
+.PHONY: help demo install prepare pretrain teachers distill merge quantize evaluate run test test-all check lint types clean
+help:
+	@echo "make demo                     all seven stages on the embedded data"
+	@echo "make prepare ... evaluate     one stage after the other (CONFIG=configs/x.yaml ARGS='seed=2')"
+	@echo "make -j4 teachers distill     teachers and folds side by side"
+	@echo "make test | check             the tests | ruff, types and tests"
+
+demo: evaluate
+
+install: $(INSTALLED)
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	CUDA_HOME= DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	CUDA_HOME= DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q -c constraints.txt -e .[dev]
+	touch $(INSTALLED)
+
+prepare: install
+	$(call STAGE,00_prepare)
+pretrain: prepare
+	$(if $(PARALLEL),$(MAKE) $(addprefix pretrain/,$(shell $(BIN)/python -m llmkd.stage models $(CONFIG) $(ARGS))),$(call STAGE,01_pretrain))
+teachers: pretrain
+	$(if $(PARALLEL),$(MAKE) $(addprefix teachers/,$(shell $(BIN)/python -m llmkd.stage teachers $(CONFIG) $(ARGS))),$(call STAGE,02_teachers))
+distill: teachers
+	$(if $(PARALLEL),$(MAKE) $(addprefix distill/,$(shell $(BIN)/python -m llmkd.stage folds $(CONFIG) $(ARGS))),$(call STAGE,03_distill))
+merge: distill
+	$(call STAGE,04_merge)
+quantize: merge
+	$(call STAGE,05_quantize)
+evaluate: quantize
+	$(call STAGE,06_evaluate)
+run: evaluate
+
+# Parts of a stage, as `make -j` runs them: pretrain/gemma, teachers/llama:0, distill/3
+pretrain/%:
+	$(call STAGE,01_pretrain) --model $*
+teachers/%:
+	$(call STAGE,02_teachers) --teacher $(firstword $(subst :, ,$*)) --fold $(lastword $(subst :, ,$*))
+distill/%:
+	$(call STAGE,03_distill) --fold $*
+
+test: install
+	$(BIN)/python -m pytest -q -n 2
+test-all: install
+	$(BIN)/python -m pytest -q -m "slow or not slow"
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+types: install
+	$(BIN)/mypy
+check: lint types test
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

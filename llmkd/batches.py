@@ -1,0 +1,196 @@
+"""Length-bucketed, token-budgeted batches, and the rows they are cut from.
+
+An optimizer step is a fixed number of rows, as anywhere. Inside it the rows are cut into micro-batches of
+nearly equal length under a token budget, so that almost no padding is computed; which rows share a
+step, and the order of the steps, stays random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmkd.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Rows = NDArray[np.int64]  # row numbers
+POOL = 8192  # rows sorted together: enough for equal lengths, few enough to vary who meets whom
+BUCKETS_A_STEP = 4  # a step mixes at least this many lengths, as length and label are not independent
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows ready for a model: everything by row number, so that subsets are index arrays.
+
+    lengths (N,) int64 tokens of a row; weights (N,) a row's share of a step's mean (1 for a
+    classifier, its target tokens for a language model); labels (N,) int64, -1 = none;
+    teacher_logits (N, T, C) float32 or None; inputs: row numbers -> the model's keyword arguments.
+    """
+
+    ids: Sequence[str]
+    lengths: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    inputs: Callable[[Rows], dict[str, Tensor]]
+    teacher_logits: NDArray[np.float32] | None = None
+
+    def with_teachers(self, logits: NDArray[np.float32]) -> Examples:
+        return replace(self, teacher_logits=logits)
+
+    def batch(self, rows: Rows, real: int, scale: float) -> dict[str, Any]:
+        """One micro-batch: rows after the first `real` are fillers, which weigh nothing."""
+        import torch
+
+        weight = torch.from_numpy(self.weights[rows]).float()  # (B,)
+        weight[real:] = 0
+        batch: dict[str, Any] = {"inputs": self.inputs(rows), "labels": torch.from_numpy(self.labels[rows])}
+        if self.teacher_logits is not None:
+            batch["teacher_logits"] = torch.from_numpy(self.teacher_logits[rows])  # (B, T, C)
+        return {"batch": batch, "weight": weight * scale, "rows": rows}
+
+
+def token_examples(
+    ids: Sequence[str],
+    tokens: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    pad_id: int,
+    weights: NDArray[np.float64] | None = None,
+) -> Examples:
+    """Examples over flat tokens: row i is tokens[offsets[i]:offsets[i + 1]]; padded on the right."""
+    import torch
+
+    def inputs(rows: Rows) -> dict[str, Tensor]:
+        longest = int(lengths[rows].max())
+        ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+        mask = np.zeros((len(rows), longest), dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : lengths[row]] = tokens[offsets[row] : offsets[row + 1]]
+            mask[i, : lengths[row]] = 1
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}  # (B, L)
+
+    lengths = np.diff(offsets)
+    if len(lengths) and lengths.min() < 1:
+        raise DataError(
+            f"row {ids[int(lengths.argmin())]}: no tokens at all; remove the row or mend its text"
+        )
+    weights = np.ones(len(ids)) if weights is None else weights
+    return Examples(ids, lengths, labels, weights, inputs)
+
+
+def cut(rows: Rows, lengths: NDArray[np.int64], max_tokens: int) -> list[Rows]:
+    """Consecutive rows into micro-batches of at most max_tokens padded tokens.
+
+    A row longer than the budget stands alone.
+    """
+    batches, begin, longest = [], 0, 0
+    for end in range(len(rows)):
+        longest = max(longest, int(lengths[rows[end]]))
+        count = end - begin + 1
+        if count > 1 and longest * count > max_tokens:
+            batches.append(rows[begin:end])
+            begin, longest = end, int(lengths[rows[end]])
+    return [*batches, rows[begin:]] if len(rows) else []
+
+
+def sorted_batches(rows: Rows, lengths: NDArray[np.int64], max_tokens: int) -> list[Rows]:
+    """For inference: the longest first, so that a budget too large for memory fails at once."""
+    order = rows[np.argsort(-lengths[rows], kind="stable")]
+    return cut(order, lengths, max_tokens)
+
+
+def epoch_steps(
+    rows: Rows, lengths: NDArray[np.int64], step_rows: int, max_tokens: int, seed: int, epoch: int
+) -> list[list[Rows]]:
+    """One epoch: optimizer steps of exactly step_rows rows (the last may be shorter), each a list of
+    micro-batches. Which rows share a step depends on no machine: not on ranks, nor on max_tokens."""
+    random = np.random.default_rng([seed, epoch])
+    shuffled = random.permutation(rows)
+    most = max(1, -(-step_rows // BUCKETS_A_STEP))
+    pieces: list[Rows] = []
+    for begin in range(0, len(shuffled), POOL):
+        pool = shuffled[begin : begin + POOL]
+        by_length = pool[np.argsort(lengths[pool], kind="stable")]  # ties stay in random order
+        pieces += [by_length[i : i + most] for i in range(0, len(by_length), most)]
+    steps = _fill_steps([pieces[i] for i in random.permutation(len(pieces))], step_rows)
+    return [[micro for piece in step for micro in cut(piece, lengths, max_tokens)] for step in steps]
+
+
+def _fill_steps(pieces: Sequence[Rows], step_rows: int) -> list[list[Rows]]:
+    """Pieces in order into steps of step_rows rows; a piece that crosses a step's end is cut there."""
+    steps: list[list[Rows]] = [[]]
+    room = step_rows
+    for piece in pieces:
+        while len(piece):
+            if room == 0:
+                steps.append([])
+                room = step_rows
+            steps[-1].append(piece[:room])
+            piece, room = piece[room:], room - len(steps[-1][-1])
+    return steps
+
+
+def deal(step: Sequence[Rows], lengths: NDArray[np.int64], ranks: int) -> list[list[tuple[Rows, int]]]:
+    """A step's micro-batches dealt to ranks: equally many each, as collectives must match.
+
+    Returns for each rank its (rows, real rows) pairs. The costliest micro-batches are halved until the
+    count divides; when there are fewer rows than ranks, a filler of no weight stands in.
+    """
+    pieces = [(piece, len(piece)) for piece in step]
+    while len(pieces) % ranks:
+        pieces.sort(key=lambda piece: -len(piece[0]) * int(lengths[piece[0]].max()))
+        widest = next((i for i, (rows, _) in enumerate(pieces) if len(rows) > 1), None)
+        if widest is None:
+            pieces.append((pieces[-1][0][:1], 0))
+            continue
+        rows, _ = pieces.pop(widest)
+        half = len(rows) // 2
+        pieces += [(rows[:half], half), (rows[half:], len(rows) - half)]
+    if ranks > 1:  # dealt like cards from the costliest on, so that ranks work equally long
+        pieces.sort(key=lambda piece: -len(piece[0]) * int(lengths[piece[0]].max()))
+    return [pieces[rank::ranks] for rank in range(ranks)]
+
+
+def padding_share(batches: Sequence[Rows], lengths: NDArray[np.int64]) -> float:
+    """Share of the computed tokens that are padding."""
+    computed = sum(len(rows) * int(lengths[rows].max()) for rows in batches)
+    return 1 - sum(int(lengths[rows].sum()) for rows in batches) / computed if computed else 0.0
+
+
+class Steps:
+    """The dataset of one training: item i is optimizer step i of this epoch, as this rank's micro-batches."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        rows: Rows,
+        step_rows: int,
+        max_tokens: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+    ) -> None:
+        self.examples, self.rows, self.step_rows = examples, rows, step_rows
+        self.max_tokens, self.seed, self.rank, self.ranks = max_tokens, seed, rank, ranks
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        lengths = self.examples.lengths
+        self.steps = epoch_steps(self.rows, lengths, self.step_rows, self.max_tokens, self.seed, epoch)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        step = self.steps[index]
+        total = float(sum(self.examples.weights[rows].sum() for rows in step))
+        # ranks' gradients are averaged, so each rank's share of the step's mean is scaled up by their number
+        scale = self.ranks / total
+        mine = deal(step, self.examples.lengths, self.ranks)[self.rank]
+        return [self.examples.batch(rows, real, scale) for rows, real in mine]

@@ -1,0 +1,247 @@
+"""A source's table checked and renamed to the columns of its kind; every problem is told at once.
+
+Row numbers in messages and in generated ids count the source's rows from 0.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llmkd.errors import DataError
+from llmkd.tasks import KINDS
+
+SWAPPED = "#swapped"
+OWN_COLUMNS = ("id", "stem", "swapped", "group", "part", "fold", "label", "bayes")
+Part = Literal["train", "test"]
+Texts: TypeAlias = pa.Array | pa.ChunkedArray
+
+
+def canonical(
+    table: pa.Table,
+    *,
+    part: Part,
+    kind: str,
+    columns: Mapping[str, str] | None = None,
+    label: str | Sequence[str] | None = "label",
+    labels: Sequence[str],
+    label_values: Mapping[str, int] | None = None,
+    id_column: str | None = None,
+    extra: Sequence[str] = (),
+    turns: Literal["text", "json"] = "text",
+    empty: Literal["error", "drop"] = "error",
+) -> tuple[pa.Table, dict[str, Any]]:
+    """One part's rows as id, part, label, the kind's fields, `extra` (and bayes where the source has it).
+
+    `columns` maps a field to its column in the source, identity where absent. `label` is a column of ints
+    (-1 = unknown) or of names, a list of one-hot columns in the order of `labels`, or None for unlabelled
+    rows; `label_values` maps the source's values to class numbers. With `turns` json, a field is a JSON list
+    of turns. `empty` drop leaves out rows whose texts are empty instead of refusing them.
+    The second result counts rows and dropped rows. Every problem found is in one DataError.
+    """
+    task = KINDS[kind]
+    named = {field: (columns or {}).get(field, field) for field in (*task.FIELDS, *extra)}
+    problems: list[str] = []
+    _check_columns(table, named, label, id_column, extra, (*task.FIELDS, *task.COMPUTED), problems)
+    texts = {
+        field: _texts(table[named[field]], field, turns if field in task.FIELDS else "text", problems)
+        for field in named
+    }
+    numbers = _labels(table, label, labels, label_values, problems)
+    ids = _ids(table, part, id_column, problems)
+    blank = _blank(texts, kind, table.num_rows)
+    if empty == "error" and blank.any():
+        first = int(blank.argmax())
+        names = " and ".join(name for name in task.FIELDS if not texts[name][first].as_py().strip())
+        problems.append(f"{blank.sum()} rows lack a text, first row {first} ({names}): fill or drop them")
+    _raise(part, problems)
+    data = {"id": ids, "part": pa.array([part] * table.num_rows, pa.string()), "label": numbers, **texts}
+    if "bayes" in table.column_names and "bayes" not in texts:
+        data["bayes"] = table["bayes"].cast(pa.list_(pa.float32()))
+    rows = pa.table(data).filter(pa.array(~blank))
+    if not rows.num_rows:
+        raise DataError(f"{part}: no rows are left: give a source that has some")
+    return rows, {"rows": rows.num_rows, "dropped_empty": int(blank.sum())}
+
+
+def _check_columns(
+    table: pa.Table,
+    named: Mapping[str, str],
+    label: str | Sequence[str] | None,
+    id_column: str | None,
+    extra: Sequence[str],
+    fields: Sequence[str],
+    problems: list[str],
+) -> None:
+    """Columns that are not there end the check: nothing else can be said without them."""
+    label_columns = [label] if isinstance(label, str) else list(label or ())
+    wanted = [*named.values(), *label_columns, *([id_column] if id_column else [])]
+    missing = [name for name in dict.fromkeys(wanted) if name not in table.column_names]
+    if missing:
+        has = ", ".join(table.column_names)
+        raise DataError(f"no column {', '.join(map(repr, missing))}: there are {has}: map it in task.columns")
+    taken = [name for name in extra if name in (*OWN_COLUMNS, *fields)]
+    if taken:
+        problems.append(f"extra column {taken[0]!r} has a name that is taken: rename it with task.columns")
+
+
+def _texts(column: pa.ChunkedArray, field: str, turns: str, problems: list[str]) -> pa.ChunkedArray:
+    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+        if turns == "text" or not _is_list_of_text(column.type):
+            problems.append(f"field {field!r} is {column.type}, not text: map it to a column of strings")
+            return pa.chunked_array([pa.array(["?"] * len(column))])
+        return _joined(column, field, lambda value: value, problems)
+    if turns == "json":
+        return _joined(column.cast(pa.string()), field, json.loads, problems)
+    return pc.fill_null(column.cast(pa.string()), "")
+
+
+def _joined(
+    column: pa.ChunkedArray, field: str, parse: Callable[[Any], Any], problems: list[str]
+) -> pa.ChunkedArray:
+    """Turns joined by blank lines; a null turn is empty."""
+    chunks, wrong = [], []
+    for start, values in _slices(column):
+        texts = []
+        for place, value in enumerate(values, start):
+            try:
+                turns = parse(value or "[]")
+                texts.append(_encodable("\n\n".join("" if turn is None else turn for turn in turns)))
+            except (ValueError, TypeError):
+                wrong.append(place)
+                texts.append("?")
+        chunks.append(pa.array(texts, pa.string()))
+    if wrong:
+        problems.append(
+            f"{len(wrong)} rows of {field!r} are no JSON list of turns, first row {wrong[0]}: "
+            "mend them or set task.turns to text"
+        )
+    return pa.chunked_array(chunks, pa.string())
+
+
+def _encodable(text: str) -> str:
+    # JSON may escape half of a surrogate pair, which UTF-8 cannot hold.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _slices(column: pa.ChunkedArray, size: int = 10_000) -> Iterator[tuple[int, list[Any]]]:
+    for start in range(0, len(column), size):
+        yield start, column.slice(start, size).to_pylist()
+
+
+def _is_list_of_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind)) and bool(
+        pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)
+    )
+
+
+def _labels(
+    table: pa.Table,
+    label: str | Sequence[str] | None,
+    names: Sequence[str],
+    values: Mapping[str, int] | None,
+    problems: list[str],
+) -> pa.Array:
+    if label is None:
+        return pa.array(np.full(table.num_rows, -1, dtype=np.int32))
+    if not isinstance(label, str):
+        return _one_hot(table.select(list(label)), names, problems)
+    column = table[label]
+    if pa.types.is_floating(column.type):
+        problems.append(f"label column {label!r} holds floats: write whole numbers, -1 where it is unknown")
+        return pa.array(np.full(table.num_rows, -1, dtype=np.int32))
+    known = _known_values(column.type, names, values)
+    outside = [name for name, number in known.items() if not -1 <= number < len(names)]
+    if outside:
+        problems.append(
+            f"label value {outside[0]!r} maps to {known[outside[0]]}, outside the {len(names)} labels"
+        )
+    strings = column.cast(pa.string())
+    places = pc.index_in(strings, value_set=pa.array(list(known), pa.string()))
+    _report_unknown(strings, places, label, known, problems)
+    numbers = np.array([*known.values(), -1], dtype=np.int32)
+    return pa.array(numbers[pc.fill_null(places, len(known)).to_numpy()])
+
+
+def _known_values(
+    kind: pa.DataType, names: Sequence[str], values: Mapping[str, int] | None
+) -> dict[str, int]:
+    if values is not None:
+        return {str(value): number for value, number in values.items()}
+    numbers = {str(number): number for number in range(-1, len(names))}
+    by_name = {name: number for number, name in enumerate(names)}
+    if pa.types.is_integer(kind):
+        return numbers
+    # A CSV's numbers arrive as strings; names that look like numbers must not be taken for them.
+    return by_name if set(by_name) & set(numbers) else numbers | by_name
+
+
+def _report_unknown(
+    strings: pa.ChunkedArray, places: pa.ChunkedArray, label: str, known: Iterable[str], problems: list[str]
+) -> None:
+    unknown = np.flatnonzero(pc.is_null(places).to_numpy())
+    if not len(unknown):
+        return
+    first = int(unknown[0])
+    value = strings[first].as_py()
+    shown = "missing" if value is None else repr(value[:40])
+    problems.append(
+        f"{len(unknown)} labels in {label!r} are unknown, first {shown} in row {first}: "
+        f"known are {', '.join(list(known)[:12])}"
+    )
+
+
+def _one_hot(table: pa.Table, names: Sequence[str], problems: list[str]) -> pa.Array:
+    if len(names) != table.num_columns:
+        problems.append(f"{table.num_columns} one-hot columns for {len(names)} labels: give one each")
+        return pa.array(np.full(table.num_rows, -1, dtype=np.int32))
+    hot, cold = _among(table, ["1", "1.0", "true"]), _among(table, ["0", "0.0", "false"])
+    wrong = np.flatnonzero((hot.sum(axis=1) != 1) | ~(hot | cold).all(axis=1))
+    if len(wrong):
+        problems.append(
+            f"{len(wrong)} rows are not one-hot in {', '.join(table.column_names)}, "
+            f"first row {wrong[0]}: exactly one must be 1, the others 0"
+        )
+    return pa.array(hot.argmax(axis=1).astype(np.int32))
+
+
+def _among(table: pa.Table, values: list[str]) -> npt.NDArray[np.bool_]:
+    wanted = pa.array(values)
+    found = [pc.is_in(column.cast(pa.string()), value_set=wanted).to_numpy() for column in table.columns]
+    return np.stack(found, axis=1)
+
+
+def _ids(table: pa.Table, part: str, id_column: str | None, problems: list[str]) -> Texts:
+    if id_column is None:
+        return pa.array([f"{part}-{row:07d}" for row in range(table.num_rows)], pa.string())
+    ids = table[id_column].cast(pa.string())
+    counts = pc.value_counts(ids)
+    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    if ids.null_count:
+        problems.append(f"{ids.null_count} rows have no id in {id_column!r}: fill them")
+    if len(repeated):
+        problems.append(
+            f"{len(repeated)} ids in {id_column!r} repeat, first {repeated[0]['values'].as_py()!r}: "
+            "make them unique, or leave task.id_column out"
+        )
+    if pc.any(pc.ends_with(ids, SWAPPED)).as_py():
+        problems.append(f"an id in {id_column!r} ends with {SWAPPED}, the mark of swapped copies: rename it")
+    return ids
+
+
+def _blank(texts: Mapping[str, pa.ChunkedArray], kind: str, count: int) -> npt.NDArray[np.bool_]:
+    """Rows that lack a text in all fields of one of the kind's NEEDED alternatives."""
+    without = np.zeros(count, dtype=bool)
+    for alternatives in KINDS[kind].NEEDED:
+        empty = [pc.equal(pc.utf8_trim_whitespace(texts[field]), "").to_numpy() for field in alternatives]
+        without |= np.all(empty, axis=0)
+    return without
+
+
+def _raise(part: str, problems: Sequence[str]) -> None:
+    if problems:
+        raise DataError(f"{part}: " + "; ".join(problems))

@@ -1,0 +1,114 @@
+"""Scores of logits against labels, test-time augmentation, and what quantization changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logits = NDArray[np.float32]
+Probabilities = NDArray[np.float64]
+
+
+def softmax(logits: Logits) -> Probabilities:
+    """Rows of probabilities, float64. (N, C) -> (N, C)"""
+    from scipy.special import softmax as rows
+
+    return rows(logits.astype(np.float64), axis=-1)
+
+
+def scores(probabilities: Probabilities, labels: NDArray[np.int64]) -> dict[str, float | int]:
+    """log_loss (nats), accuracy, ece over the rows with a label; {} and rows = 0 where there are none.
+
+    probabilities (N, C), labels (N,) with -1 = none.
+    """
+    from sklearn.metrics import accuracy_score, log_loss
+
+    known = labels >= 0
+    if not known.any():
+        return {"rows": 0}
+    p, y = probabilities[known], labels[known]
+    return {
+        "log_loss": float(log_loss(y, p, labels=range(p.shape[1]))),
+        "accuracy": float(accuracy_score(y, p.argmax(-1))),
+        "ece": ece(p, y),
+        "rows": int(known.sum()),
+    }
+
+
+def ece(probabilities: Probabilities, labels: NDArray[np.int64], bins: int = 15) -> float:
+    """Expected calibration error: mean |accuracy - confidence| over equal-width bins of the top
+    probability, weighted by rows (Guo et al. 2017, arXiv 1706.04599, eq. 3)."""
+    confidence, hit = probabilities.max(-1), probabilities.argmax(-1) == labels
+    at = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(at, hit, bins) - np.bincount(at, confidence, bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def mean_scores(many: Sequence[dict[str, float | int]]) -> dict[str, float | int]:
+    """The mean of each score, over folds; their number of rows must agree for it to mean anything."""
+    return {key: type(many[0][key])(np.mean([one[key] for one in many])) for key in many[0]}
+
+
+def unswapped(logits: Logits, mirror: Sequence[int]) -> Logits:
+    """Logits of swapped copies, back in the classes of the given order. (N, C) -> (N, C)"""
+    return logits[:, list(mirror)]
+
+
+def both_orders(given: Logits, swapped: Logits, mirror: Sequence[int]) -> Probabilities:
+    """Swap test-time augmentation: the mean of both orders' probabilities. (N, C) twice -> (N, C)
+
+    Row i of `swapped` is the copy of row i of `given`.
+    """
+    return (softmax(given) + softmax(unswapped(swapped, mirror))) / 2
+
+
+def drift(before: Logits, after: Logits) -> dict[str, float]:
+    """What a change of weights did to the logits, (N, C) each: largest and mean absolute difference,
+    mean KL(before || after) in nats, and the share of rows with the same top class."""
+    from scipy.special import log_softmax  # finite also where a probability underflows to 0
+
+    log_p, log_q = (log_softmax(logits.astype(np.float64), axis=-1) for logits in (before, after))
+    return {
+        "max_abs_logit": float(np.abs(before - after).max()),
+        "mean_abs_logit": float(np.abs(before - after).mean()),
+        "kl": float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
+        "agreement": float((before.argmax(-1) == after.argmax(-1)).mean()),
+    }
+
+
+def bayes(probabilities: Probabilities, labels: NDArray[np.int64]) -> dict[str, float]:
+    """The floor where the labels' own probabilities (N, C) are known: the mean entropy, which is the
+    exact expectation, and the log loss that these probabilities reach on the labels drawn."""
+    entropy = -(probabilities * np.log(np.clip(probabilities, 1e-300, None))).sum(-1).mean()
+    return {"expected": float(entropy), "on_these_rows": float(scores(probabilities, labels)["log_loss"])}
+
+
+def artifact_logits(
+    path: Path | str, table: Any, kind: str, *, batch_tokens: int, precision: str = "fp32", **text: Any
+) -> tuple[Logits, dict[str, float]]:
+    """Logits (N, C) of all rows of a prepared table by a model directory, loaded from disk; and its speed.
+
+    text: template, max_tokens, max_words, as `llmkd.crossfit.text_examples` takes them.
+    """
+    import torch
+
+    from llmkd.batches import padding_share, sorted_batches
+    from llmkd.crossfit import text_examples
+    from llmkd.models.artifact import load_artifact
+    from llmkd.train import predict
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_artifact(path, device=device)
+    examples = text_examples(table, tokenizer, kind, **text)
+    rows = np.arange(len(table))
+    began = time.perf_counter()
+    logits = predict(model, examples, rows, batch_tokens, precision)
+    seconds = time.perf_counter() - began
+    batches = sorted_batches(rows, examples.lengths, batch_tokens)
+    speed = {"rows_per_second": round(len(table) / seconds, 1)}
+    return logits, {**speed, "padding_share": padding_share(batches, examples.lengths)}

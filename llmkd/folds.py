@@ -1,0 +1,107 @@
+"""Stratified folds that keep a group together, and which rows a fold trains on."""
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+from llmkd.errors import DataError
+
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+def assign(
+    labels: npt.ArrayLike, groups: npt.ArrayLike, count: int, seed: int, *, stratify: bool = True
+) -> npt.NDArray[np.int16]:
+    """Fold of each row, shape (N,), 0 to count - 1; all -1 where count is 1.
+
+    `labels` are ints (-1 = unknown) and `groups` anything hashable; a group stands in one fold.
+    Raises DataError where there are fewer groups than folds, or where a fold's training or
+    development side holds a single class.
+    """
+    classes = np.asarray(labels)
+    if count == 1:
+        return np.full(len(classes), -1, dtype=np.int16)
+    codes, names = pd.factorize(np.asarray(groups))
+    if len(names) < count:
+        raise DataError(f"{len(names)} groups cannot fill {count} folds: lower folds.count or add data")
+    folds = _split(classes, codes, count, seed, stratify=stratify)
+    _check_classes(classes, folds, count)
+    return folds
+
+
+def check(folds: npt.ArrayLike, groups: npt.ArrayLike) -> None:
+    """Raise DataError where one group stands in two folds; rows with fold -1 are not looked at."""
+    frame = pd.DataFrame({"fold": np.asarray(folds), "group": np.asarray(groups)})
+    spread = frame[frame.fold >= 0].groupby("group", sort=False).fold.nunique()
+    torn = spread[spread > 1]
+    if len(torn):
+        raise DataError(
+            f"{len(torn)} groups stand in more than one fold (first: {torn.index[0]!r}): run stage 00 again"
+        )
+
+
+def train_rows(table: pa.Table, fold: int) -> Ints:
+    """Indices of the rows that `fold` trains on, swapped copies included."""
+    parts = _folds(table, fold)
+    return np.flatnonzero(_is_part(table, "train") & (parts != fold))
+
+
+def dev_rows(table: pa.Table, fold: int) -> Ints:
+    """Indices of the rows that `fold` is judged on, in their given order only; empty for a single fold."""
+    parts = _folds(table, fold)
+    return np.flatnonzero(_is_part(table, "train") & (parts == fold) & ~_bools(table, "swapped"))
+
+
+def test_rows(table: pa.Table, swapped: bool | None) -> Ints:
+    """Indices of the test rows: in their given order (False), swapped copies (True) or both (None)."""
+    chosen = _is_part(table, "test")
+    if swapped is not None:
+        chosen &= _bools(table, "swapped") == swapped
+    return np.flatnonzero(chosen)
+
+
+def _split(
+    classes: npt.NDArray[np.int64], groups: Ints, count: int, seed: int, *, stratify: bool
+) -> npt.NDArray[np.int16]:
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
+
+    alone = len(groups) == groups.max() + 1
+    # StratifiedGroupKFold walks the groups one by one: minutes where every row is its own group.
+    kind = StratifiedKFold if alone and stratify else StratifiedGroupKFold if stratify else GroupKFold
+    splitter = kind(n_splits=count, shuffle=True, random_state=seed)
+    folds = np.full(len(classes), -1, dtype=np.int16)
+    parts = splitter.split(classes, classes, None if alone and stratify else groups)
+    for fold, (_, held_out) in enumerate(parts):
+        folds[held_out] = fold
+    return folds
+
+
+def _check_classes(classes: npt.NDArray[np.int64], folds: npt.NDArray[np.int16], count: int) -> None:
+    known = classes >= 0
+    if not known.any():
+        return
+    for fold in range(count):
+        for side, rows in (("training", folds != fold), ("development", folds == fold)):
+            if len(np.unique(classes[rows & known])) < 2:
+                raise DataError(
+                    f"fold {fold} has fewer than two classes on its {side} side: "
+                    "lower folds.count, or group by a field with more values"
+                )
+
+
+def _folds(table: pa.Table, fold: int) -> npt.NDArray[np.int16]:
+    parts = table["fold"].to_numpy()
+    last = max(int(parts.max(initial=-1)), 0)
+    if not 0 <= fold <= last:
+        raise DataError(f"fold {fold} is not among the rows' folds 0 to {last}")
+    return np.asarray(parts, dtype=np.int16)
+
+
+def _is_part(table: pa.Table, part: str) -> Bools:
+    return np.asarray(table["part"].to_numpy() == part)
+
+
+def _bools(table: pa.Table, column: str) -> Bools:
+    return np.asarray(table[column].to_numpy(), dtype=bool)

@@ -1,0 +1,86 @@
+"""From cached and fresh logits to the tables of metrics.json: each row counted once, copies un-swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmkd import logits, tasks
+from llmkd.crossfit import view_rows
+from llmkd.errors import DataError
+from llmkd.evaluate import Logits, Probabilities, both_orders, mean_scores, scores, softmax
+
+
+def folds(table: pa.Table, files: Sequence[Path], labels: Sequence[str]) -> dict[str, Any]:
+    """Scores of one model's folds from their caches, in the given order of each row.
+
+    {"oof": over all training rows, each by the fold that did not see it; "test": the mean over folds;
+    "test_ensemble": of the folds' mean probabilities}. No "oof" where there is a single fold.
+    """
+    ids = np.asarray(table["id"].to_pylist(), dtype=object)
+    given = ~table["swapped"].to_numpy(zero_copy_only=False).astype(bool)
+    truth = table["label"].to_numpy().astype(np.int64)
+    tests, rows_seen, held = [], [], []
+    for fold, file in enumerate(files):
+        views = view_rows(table, fold, len(files))
+        on_test = logits.read(file, "test", ids[views["test"]], labels=labels)
+        tests.append(softmax(on_test[given[views["test"]]]))
+        if len(files) > 1:
+            on_held = logits.read(file, "oof", ids[views["oof"]], labels=labels)
+            keep = given[views["oof"]]
+            rows_seen.append(views["oof"][keep])
+            held.append(softmax(on_held[keep]))
+    at = view_rows(table, 0, len(files))["test"]
+    at = at[given[at]]
+    found: dict[str, Any] = {
+        "test": mean_scores([scores(one, truth[at]) for one in tests]),
+        "test_ensemble": scores(np.mean(tests, axis=0), truth[at]),
+    }
+    if held:
+        found["oof"] = scores(np.concatenate(held), truth[np.concatenate(rows_seen)])
+    return found
+
+
+class TestRows:
+    """The test part of a prepared table: rows in their given order, and where their swapped copies stand."""
+
+    __test__ = False  # not a test case, whatever its name says to pytest
+
+    def __init__(self, table: pa.Table, kind: str, classes: int) -> None:
+        self.table = table.filter(pa.array([part == "test" for part in table["part"].to_pylist()]))
+        swapped = np.asarray(self.table["swapped"].to_pylist(), dtype=bool)
+        self.given = np.flatnonzero(~swapped)
+        stems = self.table["stem"].to_pylist()
+        copies = {stems[row]: row for row in np.flatnonzero(swapped)}
+        self.copies = np.asarray([copies.get(stems[row], -1) for row in self.given], dtype=np.int64)
+        self.mirror = tasks.KINDS[kind].mirror(classes)
+        self.labels = self.table["label"].to_numpy().astype(np.int64)[self.given]
+        self.bayes: Probabilities | None = None
+        if "bayes" in self.table.column_names:
+            self.bayes = np.asarray(self.table["bayes"].to_pylist(), dtype=np.float64)[self.given]
+
+    def probabilities(self, found: Logits, *, swap: bool) -> Probabilities:
+        """(rows in the given order, C) from the logits of all of `self.table`'s rows."""
+        if swap:
+            if (self.copies < 0).any():
+                raise DataError(
+                    "a test row has no copy in the other order; run stage 00 with task.swap: true"
+                )
+            return both_orders(found[self.given], found[self.copies], self.mirror)
+        return softmax(found[self.given])
+
+    def scores(self, found: Logits, *, swap: bool = False) -> dict[str, float | int]:
+        return scores(self.probabilities(found, swap=swap), self.labels)
+
+    def write(self, path: Path, found: Logits, labels: Sequence[str], *, swap: bool) -> None:
+        """predictions.parquet: id, label, one probability a class, as shipped (both orders where asked)."""
+        ids = np.asarray(self.table["id"].to_pylist(), dtype=object)[self.given]
+        p = self.probabilities(found, swap=swap)
+        columns: dict[str, Any] = {"id": ids, "label": self.labels}
+        columns |= {f"p_{name}": p[:, i] for i, name in enumerate(labels)}
+        pq.write_table(pa.table(columns), path, compression="zstd")

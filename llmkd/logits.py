@@ -1,0 +1,102 @@
+"""The logits cache: raw float32 logits beside ids, in Parquet; joined by id, never by position."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from llmkd.errors import CacheError
+
+VIEWS = ("oof", "in_sample", "test")
+
+
+def write(
+    path: Path,
+    views: Mapping[str, tuple[Sequence[str], NDArray[np.float32]]],
+    *,
+    teacher: str,
+    labels: Sequence[str],
+) -> None:
+    """One file with the logits of every view: {view: (ids (N,), logits (N, C))}. Atomic."""
+    tables = []
+    for view, (ids, logits) in views.items():
+        _check(path, view, list(ids), logits, len(labels), "nothing was written")
+        values = pa.array(np.ascontiguousarray(logits, dtype=np.float32).reshape(-1))
+        tables.append(
+            pa.table(
+                {
+                    "id": pa.array(ids, pa.string()),
+                    "view": pa.array([view] * len(ids)).dictionary_encode(),
+                    "logits": pa.FixedSizeListArray.from_arrays(values, len(labels)),
+                }
+            )
+        )
+    table = pa.concat_tables(tables).unify_dictionaries()
+    meta = {"teacher": teacher, "labels": json.dumps(list(labels))}
+    beside = path.with_name(path.name + ".tmp")
+    pq.write_table(table.replace_schema_metadata(meta), beside, compression="zstd")
+    os.replace(beside, path)
+
+
+def _check(
+    path: Path, view: str, ids: list[str], logits: NDArray[np.float32], classes: int, remedy: str
+) -> None:
+    if logits.shape != (len(ids), classes):
+        expected = (len(ids), classes)
+        raise CacheError(f"{path}: {view} logits are {logits.shape}, expected {expected}; {remedy}")
+    if len(set(ids)) != len(ids):
+        raise CacheError(f"{path}: {view} has an id twice; {remedy}")
+    if not np.isfinite(logits).all():
+        row = int(np.argmin(np.isfinite(logits).all(-1)))
+        raise CacheError(f"{path}: {view} row {ids[row]!r} has a logit that is not finite; {remedy}")
+
+
+def read(
+    path: Path,
+    view: str,
+    ids: Sequence[str] | NDArray[np.object_],
+    *,
+    labels: Sequence[str],
+    remedy: str = "run stage 02 anew",
+) -> NDArray[np.float32]:
+    """Logits (N, C) of `view` in the order of `ids`, float32.
+
+    Raises CacheError unless the view's ids are exactly these, each once, its logits finite, and its
+    label names these in this order.
+    """
+    if not path.is_file():
+        raise CacheError(f"{path}: no logits here; {remedy}")
+    try:
+        table = pq.read_table(path, columns=["id", "view", "logits"])
+        names = json.loads((table.schema.metadata or {})[b"labels"])
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        raise CacheError(
+            f"{path}: not a logits cache ({' '.join(str(error).split())[:120]}); {remedy}"
+        ) from error
+    if names != list(labels):
+        raise CacheError(f"{path}: labels {names}, but this run's are {list(labels)}; {remedy}")
+    table = table.filter(pc.equal(table["view"], view))
+    where = {id: i for i, id in enumerate(table["id"].to_pylist())}
+    if len(where) != len(table):
+        raise CacheError(f"{path}: {view} has an id twice; {remedy}")
+    missing = [id for id in ids if id not in where]
+    if missing:
+        raise CacheError(
+            f"{path}: no {view} logits for {len(missing)} of {len(ids)} rows, first {missing[0]!r}; {remedy}"
+        )
+    if len(where) > len(ids):
+        raise CacheError(f"{path}: {view} has {len(where) - len(ids)} rows that are not this run's; {remedy}")
+    flat = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    if len(flat) != len(table) * len(labels):
+        raise CacheError(f"{path}: {view} rows do not hold {len(labels)} logits each; {remedy}")
+    logits = flat.reshape(len(table), len(labels))[[where[id] for id in ids]]
+    _check(path, view, list(ids), logits, len(labels), remedy)
+    return np.ascontiguousarray(logits, dtype=np.float32)

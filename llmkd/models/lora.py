@@ -1,0 +1,108 @@
+"""Adapters: adding them, and what is trainable: taking it out, putting it back, saving it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkd import ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HEADS = ("score", "classifier")
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+    causal: bool = False,
+) -> nn.Module:
+    """Freeze a sequence classifier (or a causal LM) and add LoRA beside its linear layers.
+
+    Hu et al. 2021, arXiv 2106.09685. A classifier's head is trained in full, and like the adapter in
+    float32 whatever the base is held in.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        task_type=TaskType.CAUSAL_LM if causal else TaskType.SEQ_CLS,
+    )
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """CPU copies of what is trained; whole tensors also where ZeRO-3 has cut them up.
+
+    Under ZeRO-3 every rank must call it; the copies are whole on every rank.
+    """
+    state = {}
+    for name, parameter in trainable(model).items():
+        with _whole([parameter]):
+            state[name] = parameter.detach().to("cpu", copy=True)
+    return state
+
+
+def load_trainable(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put back what `trainable_state` took. Raises KeyError on a name that is missing."""
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            with _whole([parameter], writer=0):
+                if not _sharded(parameter) or ranks.is_main():
+                    parameter.copy_(state[name])
+
+
+def _sharded(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
+
+
+def _whole(parameters: list[nn.Parameter], writer: int | None = None) -> Any:
+    """A context in which ZeRO-3 parameters have their whole shape; without ZeRO-3, nothing."""
+    from contextlib import nullcontext
+
+    if not any(_sharded(parameter) for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=writer)
+
+
+def save_trained(model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
+    """A PEFT adapter directory, or for a model trained in full an ordinary model directory."""
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)  # type: ignore[operator]
+        _forget_base_path(directory)
+    else:
+        buffers = {name: tensor for name, tensor in model.named_buffers() if name in model.state_dict()}
+        model.save_pretrained(directory, state_dict={**buffers, **state})  # type: ignore[operator]
+
+
+def _forget_base_path(directory: Path) -> None:
+    """PEFT notes where the base lay and writes a card about it; a run directory may be moved."""
+    import json
+
+    (directory / "README.md").unlink(missing_ok=True)
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if Path(config.get("base_model_name_or_path") or "").is_dir():
+        config["base_model_name_or_path"] = None
+        path.write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")

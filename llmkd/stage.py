@@ -1,0 +1,162 @@
+"""What every script in stages/ starts with: its command line, its config, its finished inputs."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmkd import ranks, run
+from llmkd.config import Config, Model, load, science
+from llmkd.errors import ConfigError, LlmkdError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PREPARE, PRETRAIN, TEACHERS = "00_prepare", "01_pretrain", "02_teachers"
+DISTILL, MERGE, QUANTIZE, EVALUATE = "03_distill", "04_merge", "05_quantize", "06_evaluate"
+
+
+def main(body: Callable[[Config, argparse.Namespace], None], description: str, *flags: str) -> None:
+    """Run a stage's body; what a user can mend ends as one line on stderr and exit code 2."""
+    # Libraries' notices (a missing GPU kernel, an old cache name) are nothing that a user here can act on.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.basicConfig(level=logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        config, arguments = parse(description, flags)
+        body(config, arguments)
+    except LlmkdError as error:
+        print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
+        sys.exit(2)
+    finally:
+        ranks.stop()
+
+
+def parse(
+    description: str, flags: Sequence[str] = (), argv: Sequence[str] | None = None
+) -> tuple[Config, argparse.Namespace]:
+    """--config, dotted overrides, and the stage's own flags (`--fold` and the like, each repeatable)."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, help="the run's YAML, e.g. configs/demo.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.subkey=value", help="dotted overrides of the config"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the deepspeed launcher
+    for flag in flags:
+        parser.add_argument(
+            f"--{flag}", action="append", default=[], help=f"only this {flag}; may be repeated"
+        )
+    arguments = parser.parse_intermixed_args(argv)
+    return load(arguments.config, arguments.overrides), arguments
+
+
+def chosen(asked: Sequence[str], known: Sequence[str], flag: str) -> list[str]:
+    """The items a flag asks for, all of them by default. Raises ConfigError on one that is not there."""
+    for item in asked:
+        if item not in known:
+            raise ConfigError(f"--{flag} {item}: there is no such {flag}; choose among {', '.join(known)}")
+    return [item for item in known if not asked or item in asked]
+
+
+def say(text: str) -> None:
+    if ranks.is_main():
+        print(text, flush=True)
+
+
+def command(config: Config, stage: str) -> str:
+    """The remedy for a missing input: the command that makes it."""
+    return f"run: python stages/{stage}.py --config ... (run: {config.run})"
+
+
+def prepared(config: Config) -> tuple["pa.Table", list[str], str]:
+    """Stage 00's rows, the label names and the digest of its directory."""
+    import pyarrow.parquet as pq
+
+    directory = Path(config.run) / PREPARE
+    run.manifest(directory, command(config, PREPARE))
+    table = pq.read_table(directory / "rows.parquet")
+    return table, json.loads(table.schema.metadata[b"labels"]), run.digest(directory)
+
+
+def base(config: Config, model: Model) -> tuple[str, dict[str, str]]:
+    """Where a model's weights come from before fine-tuning, and its digest where stage 01 made it."""
+    if model.init is None and not phases(config, model):
+        assert model.model is not None
+        return model.model, {}
+    directory = Path(config.run) / PRETRAIN / model.name
+    run.manifest(directory, command(config, PRETRAIN))
+    return str(directory / "model"), {f"{PRETRAIN}/{model.name}": run.digest(directory)}
+
+
+def phases(config: Config, model: Model) -> list[Any]:
+    """The pretraining phases that are for this model."""
+    return [phase for phase in config.pretrain if phase.models is None or model.name in phase.models]
+
+
+def text_settings(config: Config, model: Model) -> dict[str, Any]:
+    """How rows become text for one model: part of the fingerprint of all it makes."""
+    task = config.task
+    return {
+        "template": task.template,
+        "max_tokens": model.max_tokens or task.max_tokens,
+        "max_words": task.max_words,
+        "extra": task.extra,
+    }
+
+
+def model_settings(model: Model) -> dict[str, Any]:
+    data = science(model)
+    return {name: data[name] for name in Model.model_fields}
+
+
+def load_in(model: Model, precision: str) -> str:
+    """A frozen base is held in the arithmetic's own precision; weights that are trained, in float32."""
+    if model.load_in != "auto":
+        return model.load_in
+    return precision if model.lora else "fp32"
+
+
+def load_model(
+    config: Config, model: Model, source: str, labels: Sequence[str], precision: str
+) -> tuple[Any, Any]:
+    """A sequence classifier, with its adapter where it has one, on its device; and its tokenizer."""
+    import torch
+
+    from llmkd.models.load import load_classifier, load_tokenizer
+    from llmkd.models.lora import add_lora
+
+    tokenizer = load_tokenizer(source, model.pad_token)
+    network: Any = load_classifier(
+        source,
+        labels,
+        load_in=load_in(model, precision),
+        pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
+        attention=model.attention,
+        seed=config.seed,
+    )
+    if model.lora:
+        network = add_lora(network, **model.lora.model_dump())
+    if torch.cuda.is_available() and model.load_in not in ("nf4", "int8"):
+        network.to("cuda")
+    return network, tokenizer
+
+
+def _parts(what: str, path: str, *overrides: str) -> list[str]:
+    """What `make -j` runs side by side: the config's models, its teacher:fold pairs, or its folds."""
+    config = load(path, overrides)
+    folds = [str(fold) for fold in range(config.folds.count)]
+    if what == "models":
+        return [model.name for model in config.models]
+    if what == "folds":
+        return folds
+    return [f"{teacher.name}:{fold}" for teacher in config.teachers for fold in folds]
+
+
+if __name__ == "__main__":
+    print(*_parts(*sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""Stage 05: the merged student in 8 (or 4) bits by GPTQ, calibrated on training rows."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from llmkd import ranks, run
+from llmkd.config import Config, science
+from llmkd.stage import MERGE, QUANTIZE, command, main, prepared, say, text_settings
+
+
+def quantize(config: Config, arguments: Namespace) -> None:
+    if not ranks.is_main():
+        return
+    if config.quantize is None:
+        return say("quantize: null, nothing to do; 04_merge/model is the artifact")
+    directory, merged = Path(config.run) / QUANTIZE, Path(config.run) / MERGE
+    run.manifest(merged, command(config, MERGE))
+    inputs = {MERGE: run.digest(merged), "00_prepare": prepared(config)[2]}
+    settings = {"quantize": science(config.quantize), "text": text_settings(config, config.student)}
+    if run.stands(directory, run.fingerprint(QUANTIZE, settings, inputs)):
+        return say(f"{directory}: done")
+    with run.writing(directory, QUANTIZE, settings, inputs, config.seed, alone=True) as unit:
+        facts = write_model(config, merged / "model", unit.path / "model")
+        unit.metrics.update(facts)
+    say(f"{directory}: {facts}")
+
+
+def write_model(config: Config, merged: Path, directory: Path) -> dict[str, Any]:
+    from llmkd.card import write_card
+    from llmkd.quantize import quantize_gptq
+
+    assert config.quantize
+    asked = config.quantize
+    facts = quantize_gptq(
+        merged,
+        directory,
+        calibration(config, merged),
+        bits=asked.bits,
+        group_size=asked.group_size,
+        desc_act=asked.desc_act,
+    )
+    write_card(
+        directory,
+        title=f"{config.student.name}, distilled, {asked.bits}-bit",
+        facts={
+            "teachers": ", ".join(teacher.model or teacher.name for teacher in config.teachers),
+            "student": config.student.model or config.student.name,
+            "teachers' logits": config.distill.view,
+            "loss terms": ", ".join(f"{weight:g} {name}" for name, weight in config.distill.terms.items()),
+            "folds merged": config.folds.count,
+            "bits": asked.bits,
+            "group size": asked.group_size,
+            "calibration rows": asked.calibration_rows,
+            "labels": ", ".join(prepared(config)[1]),
+        },
+        base_model=config.student.model,
+        bits=asked.bits,
+    )
+    return facts
+
+
+def calibration(config: Config, merged: Path) -> list[list[int]]:
+    """Token ids of training rows, drawn by the run's seed; test rows never calibrate."""
+    import numpy as np
+
+    from llmkd import tasks
+    from llmkd.models.load import load_tokenizer
+    from llmkd.tasks.template import encoder
+
+    assert config.quantize
+    table, _, _ = prepared(config)
+    train = np.flatnonzero(table["part"].to_numpy() == "train")
+    count = min(config.quantize.calibration_rows, len(train))
+    rows = np.sort(np.random.default_rng(config.seed).choice(train, count, replace=False))
+    assert config.task.kind in tasks.KINDS
+    tokenizer = load_tokenizer(str(merged))
+    encode = encoder(tokenizer, config.task.kind, **text_settings(config, config.student))
+    return encode(table.take(rows).to_pylist())
+
+
+if __name__ == "__main__":
+    assert __doc__
+    main(quantize, __doc__)

@@ -1,0 +1,269 @@
+"""models/artifact and card: reading finished models, unpacking GPTQ weights, and what is refused."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from llmkd.card import write_card
+from llmkd.errors import ModelError
+from llmkd.models.artifact import ZERO_OFFSETS, load_artifact, size_bytes, unpack_layer, unpack_words
+
+CONFIG = LlamaConfig(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_labels=3,
+    pad_token_id=0,
+    attention_bias=True,
+)
+IDS = torch.randint(1, 40, (4, 7), generator=torch.Generator().manual_seed(0))
+GROUP = 16
+
+
+def save_model(path: Path, auto=AutoModelForSequenceClassification, dtype=torch.float32, **save) -> Path:
+    torch.manual_seed(0)
+    auto.from_config(copy.deepcopy(CONFIG)).to(dtype).save_pretrained(path, **save)
+    words = {"<pad>": 0} | {chr(97 + i): i + 1 for i in range(26)}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(path)
+    return path
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """[n, m] values to int32 words, one value at a time in plain Python: the slow oracle."""
+    count = 32 // bits
+    words = torch.zeros(len(values) // count, values.shape[1], dtype=torch.int32)
+    for row in range(len(words)):
+        for column in range(values.shape[1]):
+            packed = sum(int(values[row * count + i, column]) << (bits * i) for i in range(count))
+            words[row, column] = packed - (1 << 32) if packed >= 1 << 31 else packed
+    return words
+
+
+def pack_layer(width: int, height: int, bits: int, form: str, seed: int):
+    """The four packed tensors of a random layer, and the weight [out, in] they stand for."""
+    draw = torch.Generator().manual_seed(seed)
+    top = 2**bits
+    values = torch.randint(0, top, (width, height), generator=draw)
+    zeros = torch.randint(1, top, (width // GROUP, height), generator=draw)
+    scales = (torch.rand(width // GROUP, height, generator=draw) * 0.02 + 0.01).half()
+    groups = torch.arange(width)[torch.randperm(width, generator=draw)] // GROUP  # as desc_act leaves them
+    stored = zeros - 1 if form == "gptq" else zeros
+    tensors = {
+        "qweight": pack_words(values, bits),
+        "qzeros": pack_words(stored.T.contiguous(), bits).T.contiguous(),
+        "scales": scales,
+        "g_idx": groups.int(),
+    }
+    return tensors, ((values - zeros[groups]) * scales.float()[groups]).T.contiguous()
+
+
+def save_packed(path: Path, bits: int = 8, form: str = "gptq") -> tuple[Path, torch.Tensor]:
+    """A packed classifier, and the logits of the float model that it stands for."""
+    model = AutoModelForSequenceClassification.from_pretrained(save_model(path))
+    tensors = load_file(path / "model.safetensors")
+    for seed, name in enumerate([n for n in tensors if "_proj.weight" in n]):
+        height, width = tensors.pop(name).shape
+        packed, weight = pack_layer(width, height, bits, form, seed)
+        model.get_parameter(name).data = weight
+        tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in packed.items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    edit_config(path, quantization_config={"quant_method": "gptq", "bits": bits, "checkpoint_format": form})
+    return path, logits(model)
+
+
+def edit_config(path: Path, **changes) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_words_hold_the_lowest_value_first(bits):
+    values = torch.randint(0, 2**bits, (64, 3), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(unpack_words(pack_words(values, bits), bits), values.int())
+    assert unpack_words(torch.tensor([[0x01020304]]), 8).flatten().tolist() == [4, 3, 2, 1]
+    assert unpack_words(torch.tensor([[-1]], dtype=torch.int32), bits).unique().tolist() == [2**bits - 1]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+def test_unpacked_model_gives_the_float_models_logits(bits, form, tmp_path):
+    path, expected = save_packed(tmp_path, bits, form)
+    model, tokenizer = load_artifact(path)
+    torch.testing.assert_close(logits(model), expected)
+    assert not model.training
+    assert model.dtype == torch.float32
+    assert tokenizer.pad_token_id == 0
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_a_zero_point_of_zero_survives_the_v1_borrow():
+    """v1 subtracts one from whole words, so a zero point of 0 borrows from its neighbour."""
+    zeros = torch.tensor([[0, 7, 0, 255]]).T
+    words = pack_words(zeros, 8) - ZERO_OFFSETS["gptq"][8]
+    tensors = {"qweight": torch.zeros(1, 4, dtype=torch.int32), "qzeros": words.T}
+    tensors |= {"scales": torch.ones(1, 4).half(), "g_idx": torch.zeros(4, dtype=torch.int32)}
+    read = {f"l.{name}": lambda value=value: value for name, value in tensors.items()}
+    assert unpack_layer("l", read, 8, ZERO_OFFSETS["gptq"][8])[0].tolist() == [0, -7, 0, -255]
+
+
+def test_dtypes(tmp_path):
+    packed, _ = save_packed(tmp_path / "packed")
+    assert load_artifact(packed, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    plain = save_model(tmp_path / "plain", dtype=torch.bfloat16)
+    assert load_artifact(plain)[0].dtype == torch.bfloat16
+    assert load_artifact(str(plain), dtype=torch.float32)[0].dtype == torch.float32
+
+
+def test_float_model_in_shards(tmp_path):
+    path = save_model(tmp_path, max_shard_size="20KB")
+    shards = list(path.glob("*.safetensors"))
+    assert len(shards) > 1
+    torch.manual_seed(0)
+    assert torch.equal(
+        logits(load_artifact(path)[0]), logits(AutoModelForSequenceClassification.from_config(CONFIG).eval())
+    )
+    assert size_bytes(path) == sum(file.stat().st_size for file in shards)
+    shards[0].unlink()
+    with pytest.raises(ModelError, match=f"has no {shards[0].name}"):
+        load_artifact(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_missing_and_unexpected_weights_are_named(packed, tmp_path):
+    path = save_packed(tmp_path)[0] if packed else save_model(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    head = tensors.pop("score.weight")
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"weights missing .*score\.weight"):
+        load_artifact(path)
+    odd = tensors | {"score.weight": head, "odd.weight": torch.ones(1)}
+    save_file(odd, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"weights unexpected .*odd\.weight"):
+        load_artifact(path)
+    wide = tensors | {"score.weight": torch.ones(4, 32)}
+    save_file(wide, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError):
+        load_artifact(path)
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
+def test_missing_packed_tensors_are_named(part, tmp_path):
+    path, _ = save_packed(tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    del tensors[f"model.layers.1.mlp.up_proj.{part}"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"packed layer model\.layers\.1\.mlp\.up_proj lacks {part}"):
+        load_artifact(path)
+
+
+def test_packed_formats_that_are_not_read(tmp_path):
+    path, _ = save_packed(tmp_path)
+    for changes, words in [
+        ({"bits": 4}, "does not fit 4 bits"),
+        ({"bits": 3}, "packed in 3 bits"),
+        ({"checkpoint_format": "marlin"}, "marlin"),
+    ]:
+        packing = {"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq"} | changes
+        edit_config(path, quantization_config=packing)
+        with pytest.raises(ModelError, match=words):
+            load_artifact(path)
+    shutil.rmtree(path)
+    edit_config(save_model(path), quantization_config={"quant_method": "gptq", "bits": 8})
+    with pytest.raises(ModelError, match="holds no qweight"):
+        load_artifact(path)
+
+
+def test_a_language_model_has_no_head(tmp_path):
+    with pytest.raises(ModelError, match=r"score\.weight"):
+        load_artifact(save_model(tmp_path, AutoModelForCausalLM))
+
+
+def test_damaged_directories(tmp_path):
+    with pytest.raises(ModelError, match=r"nowhere has no config\.json"):
+        load_artifact(tmp_path / "nowhere")
+    path = save_model(tmp_path / "model")
+    weights = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(weights[:1000])
+    with pytest.raises(ModelError, match="cannot be loaded") as caught:
+        load_artifact(path)
+    assert "\n" not in str(caught.value)
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"has no model\.safetensors"):
+        size_bytes(path)
+    (path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelError, match="save_pretrained"):
+        load_artifact(path)
+    (path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not JSON"):
+        load_artifact(path)
+
+
+def test_no_tokenizer(tmp_path):
+    path = save_model(tmp_path)
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        load_artifact(path)
+
+
+def test_code_in_the_directory_is_never_run(tmp_path):
+    path = save_model(tmp_path)
+    (path / "evil.py").write_text("raise SystemExit('ran')")
+    edit_config(path, model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModel": "evil.M"})
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_artifact(path)
+
+
+def test_card(tmp_path):
+    card = write_card(
+        tmp_path,
+        title="Arena 8-bit",
+        facts={"teachers": "llama, qwen", "folds": 5, "weight_error": 0.0061234},
+        scores={"log loss": 0.87654321},
+        limits=["Judges English only."],
+        base_model="google/gemma-2-9b-it",
+        bits=8,
+    ).read_text()
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification\n")
+    for text in (
+        'base_model: "google/gemma-2-9b-it"',
+        '- "gptq"\n- "8-bit"\n---',
+        "# Arena 8-bit",
+        "- weight error: 0.006123",
+        "- log loss: 0.8765",
+        "- Judges English only.",
+        "load_artifact",
+        'pipeline("text-classification"',
+    ):
+        assert text in card
+
+
+def test_card_names_no_path_and_no_empty_section(tmp_path):
+    card = write_card(
+        tmp_path, title="plain", facts={"folds": 1}, base_model="/home/someone/model"
+    ).read_text()
+    assert "someone" not in card
+    assert "gptq" not in card.lower()
+    assert "## Scores" not in card
+    assert str(tmp_path) not in card

@@ -1,0 +1,289 @@
+"""The run's YAML: closed, typed, every problem at once, and dotted overrides."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llmkd.config import Config, load, parse
+from llmkd.errors import ConfigError
+
+MINIMAL = """
+run: runs/x
+task: {kind: preference, train: train.parquet}
+teachers: [{name: llama, model: meta/llama}]
+student: {name: gemma, model: google/gemma}
+"""
+
+
+def problems(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        parse(text, overrides, source="run.yaml")
+    return str(error.value).split("\n")
+
+
+def test_minimal_config_and_its_defaults() -> None:
+    config = parse(MINIMAL)
+    assert config.distill.terms == {"ce": 1, "kl": 1, "cosine": 1}
+    assert (config.distill.view, config.distill.temperature, config.distill.normalize) == (
+        "in_sample",
+        1,
+        True,
+    )
+    assert (config.distill.learning_rate, config.distill.epochs) == (5e-5, 2)
+    assert (config.teachers[0].learning_rate, config.teachers[0].epochs) == (1e-5, 1)
+    assert config.teachers[0].lora is not None
+    assert (config.teachers[0].lora.r, config.teachers[0].lora.alpha, config.teachers[0].lora.dropout) == (
+        64,
+        128,
+        0.05,
+    )
+    assert config.quantize is not None
+    assert (config.quantize.bits, config.quantize.group_size) == (8, 128)
+    assert [model.name for model in config.models] == ["llama", "gemma"]
+
+
+def test_every_problem_is_told_at_once_with_path_and_value() -> None:
+    found = problems(
+        MINIMAL,
+        "folds.count=0",
+        "teachers.llama.epochs=-1",
+        "student.load_in=fp7",
+        "distill.terms={kl: 1, jensen: 2}",
+        "quantize.bits=3",
+        "task.kind=poetry",
+        "merge.howw=delta",
+    )
+    expected = {
+        "folds.count = 0": "greater than or equal to 1",
+        "teachers.0.epochs = -1": "greater than 0",
+        "student.load_in = 'fp7'": "'nf4'",
+        "distill: terms": "unknown ['jensen']; known are",
+        "quantize.bits = 3": "4 or 8",
+        "task.kind = 'poetry'": "'preference'",
+        "merge.howw = 'delta'": "not permitted",
+    }
+    assert len(found) == len(expected)
+    for where, why in expected.items():
+        assert [line for line in found if line.startswith(f"run.yaml: {where}") and why in line], (
+            where,
+            found,
+        )
+
+
+@pytest.mark.parametrize(
+    "where", ["", "task.", "folds.", "student.", "student.lora.", "distill.", "teachers.llama."]
+)
+def test_unknown_keys_are_refused_everywhere(where: str) -> None:
+    found = problems(MINIMAL, f"{where}epocs=3")
+    assert len(found) == 1
+    assert f"{where}epocs = 3: Extra inputs".replace("llama", "0") in found[0]
+
+
+@pytest.mark.parametrize("missing", ["run", "task", "teachers", "student"])
+def test_required_keys(missing: str) -> None:
+    data = {key: value for key, value in yaml.safe_load(MINIMAL).items() if key != missing}
+    assert problems(yaml.safe_dump(data)) == [f"run.yaml: {missing}: Field required"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["student.name=llama"], "names ['llama', 'llama'] must differ"),
+        (["folds.count=1", "distill.view=oof"], "distill.view = 'oof': needs folds.count of 2 or more"),
+        (["views=[oof]"], "views = ['oof']: the student reads 'in_sample'"),
+        (["views=[in_sample]", "distill.view=oof"], "views = ['in_sample']: the student reads 'oof'"),
+        (["distill.teacher_weights={qwen: 1}"], "distill.teacher_weights.qwen: no teacher of that name"),
+        (["distill.temperature={qwen: 1}"], "distill.temperature.qwen: no teacher of that name"),
+        (["distill.teacher_weights={llama: 0}", "distill.terms={kl: 1}"], "distill.teacher_weights: all 0"),
+        (
+            ["distill.teacher_weights={llama: 0}", "distill.terms={ce: 0, kl: 1}"],
+            "distill.teacher_weights: all 0",
+        ),
+        (["pretrain=[{data: d, models: [mistral]}]"], "pretrain.0.models: no model named 'mistral'"),
+        (["evaluate.tta=swap"], "evaluate.tta = 'swap': needs task.swap: true"),
+        (
+            ["task.kind=classification", "task.labels=[n, p]", "task.swap=true"],
+            "task.swap = True: only preference",
+        ),
+        (["task.kind=classification"], "task.labels: name the classes in order"),
+        (["quantize.group_size=0"], "quantize.group_size = 0: use -1"),
+    ],
+)
+def test_crosschecks(overrides: list[str], message: str) -> None:
+    found = problems(MINIMAL, *overrides)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_several_crosschecks_are_told_at_once() -> None:
+    assert len(problems(MINIMAL, "student.name=llama", "evaluate.tta=swap", "quantize.group_size=0")) == 3
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["folds.count=1"],
+        ["folds.count=1", "views=[in_sample]"],
+        ["distill.view=oof", "views=[oof]"],
+        ["distill.teacher_weights={llama: 0}"],
+        ["distill.temperature={llama: 4}"],
+        ["pretrain=[{data: d, models: [gemma, llama]}]"],
+        ["task.swap=true", "evaluate.tta=swap"],
+        ["task.kind=classification", "task.labels=[n, p]"],
+        ["quantize=null"],
+        ["quantize.group_size=-1"],
+        ["student.lora=null", "student.load_in=bf16"],
+    ],
+)
+def test_what_the_crosschecks_must_let_pass(overrides: list[str]) -> None:
+    parse(MINIMAL, overrides)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "student.init={architecture: llama}",
+            "student: give exactly one of model: (a checkpoint) and init:",
+        ),
+        ("student.model=null", "student: give exactly one of"),
+        (
+            "teachers.0={name: a, model: b, lora: null, load_in: nf4}",
+            "teachers.0: a base in nf4 cannot be trained",
+        ),
+        (
+            "teachers.0={name: a, model: b, lora: null, load_in: int8}",
+            "teachers.0: a base in int8 cannot be trained",
+        ),
+        ("student.name=../escape", "student.name = '../escape': use letters, digits"),
+        ("student.name=a b", "student.name = 'a b': use letters"),
+        ("student.name=", "student.name = None"),
+        ("teachers=[]", "teachers = []"),
+        ("distill.terms={ce: 0}", "not all 0"),
+        ("distill.terms={}", "not all 0"),
+        ("distill.terms={ce: 2, kl: -1}", "terms: weights must be 0 or more"),
+        ("distill.terms={ce: .inf}", "distill.terms.ce = inf"),
+        ("distill.terms={ce: .nan}", "distill.terms.ce = nan"),
+        ("distill.temperature=0", "temperature: must be above 0"),
+        ("distill.temperature={llama: -1}", "temperature: must be above 0"),
+        ("distill.teacher_weights={llama: -1}", "teacher_weights: must be 0 or more"),
+        ("distill.learning_rate=.nan", "distill.learning_rate = nan"),
+        ("distill.deepspeed=no/such.json", "distill.deepspeed = 'no/such.json': no such file"),
+        ("seed=-1", "seed = -1"),
+        ("task.labels=[only]", "task.labels = ['only']"),
+        ("task.labels=[no, 'yes']", "task.labels.0 = False"),  # a bare no is false in YAML 1.1
+    ],
+)
+def test_single_faults(override: str, message: str) -> None:
+    found = problems(MINIMAL, override)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def value_at(config: Config, path: str) -> Any:
+    here: Any = config.model_dump()
+    for part in path.split("."):
+        here = here[int(part)] if isinstance(here, list) else here[part]
+    return here
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("distill.epochs=3", "distill.epochs", 3.0),  # a section the file leaves out
+        ("teachers.0.epochs=3", "teachers.0.epochs", 3.0),
+        ("teachers.llama.lora.r=8", "teachers.0.lora.r", 8),
+        ("teachers.0={name: a, model: b}", "teachers.0.name", "a"),
+        ("distill.temperature.llama=2", "distill.temperature.llama", 2.0),
+        ("distill.learning_rate=1e-4", "distill.learning_rate", 1e-4),
+        ("distill.terms={ce: 1e-4}", "distill.terms.ce", 1e-4),
+        (
+            "student.init={architecture: llama, config: {rms_norm_eps: 1e-6}}",
+            "student.init.config.rms_norm_eps",
+            1e-6,
+        ),
+        ("task.swap=true", "task.swap", True),
+        ("task.template='{prompt}=x'", "task.template", "{prompt}=x"),
+        ("quantize=null", "quantize", None),
+        ("run=runs/y", "run", "runs/y"),
+    ],
+)
+def test_overrides(override: str, path: str, value: Any) -> None:
+    extra = ["student.model=null"] if "student.init" in override else []
+    found = value_at(parse(MINIMAL, [override, *extra]), path)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_overrides_go_in_order_and_into_an_empty_section() -> None:
+    assert parse(MINIMAL + "distill:\n", ["distill.epochs=3", "distill.epochs=4"]).distill.epochs == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epochs", "write key.subkey=value"),
+        ("=3", "write key.subkey=value"),
+        ("distill.epochs=[1", "the value is not YAML"),
+        ("teachers.qwen.epochs=1", "no item 'qwen' among 1 (['llama'])"),
+        ("teachers.1.epochs=1", "no item '1' among 1"),
+        ("teachers.-1.epochs=1", "no item '-1'"),
+        ("run.x.y=1", "run holds 'runs/x', which has no keys"),
+    ],
+)
+def test_bad_overrides_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(MINIMAL, [override])
+    assert repr(override) in str(error.value)
+    assert message in str(error.value)
+
+
+def test_an_override_into_a_null_item_is_refused() -> None:
+    with pytest.raises(ConfigError, match="which has no keys"):
+        parse(MINIMAL.replace("[{name: llama, model: meta/llama}]", "[null]"), ["teachers.0.epochs=1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not YAML"), ("- 1", "found list"), ("", "found NoneType")]
+)
+def test_text_that_is_no_config(text: str, message: str) -> None:
+    found = problems(text)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+@pytest.mark.parametrize("number", ["1e-4", "1E-4", "1.0e-4", "0.0001", "+1e-4"])
+def test_scientific_numbers_are_numbers_with_or_without_a_dot(number: str) -> None:
+    text = MINIMAL.replace("model: google/gemma", f"init: {{architecture: llama, config: {{eps: {number}}}}}")
+    found = parse(text).student.init
+    assert found is not None
+    assert found.config["eps"] == 1e-4
+
+
+def test_load_reads_a_file_and_names_a_missing_one(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    assert load(path, ["seed=3"]).seed == 3
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such config file"):
+        load(tmp_path / "none.yaml")
+
+
+def test_a_config_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parse(MINIMAL).distill.epochs = 9  # type: ignore[misc]
+
+
+def test_json_schema_is_closed_and_knows_the_machine_fields() -> None:
+    schema = Config.model_json_schema()
+    assert schema["additionalProperties"] is False
+    assert set(schema["required"]) == {"run", "task", "teachers", "student"}
+    assert schema["$defs"]["Distill"]["properties"]["batch_tokens"]["machine"] is True
+
+
+def test_training_is_what_a_trainer_takes_and_no_more() -> None:
+    config = parse(MINIMAL, ["teachers.llama.epochs=3"])
+    assert config.teachers[0].training()["epochs"] == 3
+    assert "method" not in config.distill.training()
+    assert config.distill.training().keys() == config.teachers[0].training().keys()
