@@ -31,7 +31,8 @@ def scores(probabilities: Probabilities, labels: NDArray[np.int64]) -> dict[str,
     known = labels >= 0
     if not known.any():
         return {"rows": 0}
-    p, y = probabilities[known], labels[known]
+    p, y = probabilities[known].astype(np.float64), labels[known]
+    p /= p.sum(-1, keepdims=True)  # float32 probabilities, as known ones are stored, sum to 1 only nearly
     return {
         "log_loss": float(log_loss(y, p, labels=range(p.shape[1]))),
         "accuracy": float(accuracy_score(y, p.argmax(-1))),
@@ -83,9 +84,10 @@ def drift(before: Logits, after: Logits) -> dict[str, float]:
 
 def bayes(probabilities: Probabilities, labels: NDArray[np.int64]) -> dict[str, float]:
     """The floor where the labels' own probabilities (N, C) are known: the mean entropy, which is the
-    exact expectation, and the log loss that these probabilities reach on the labels drawn."""
+    exact expectation, and the log loss that these probabilities reach on the labels as drawn."""
     entropy = -(probabilities * np.log(np.clip(probabilities, 1e-300, None))).sum(-1).mean()
-    return {"expected": float(entropy), "on_these_rows": float(scores(probabilities, labels)["log_loss"])}
+    drawn = float(scores(probabilities, labels)["log_loss"])
+    return {"bayes_log_loss": float(entropy), "bayes_log_loss_drawn": drawn}
 
 
 def artifact_logits(

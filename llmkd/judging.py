@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ class TestRows:
         self.labels = self.table["label"].to_numpy().astype(np.int64)[self.given]
         self.bayes: Probabilities | None = None
         if "bayes" in self.table.column_names:
-            self.bayes = np.asarray(self.table["bayes"].to_pylist(), dtype=np.float64)[self.given]
+            stored = np.asarray(self.table["bayes"].to_pylist(), dtype=np.float64)[self.given]
+            self.bayes = stored / stored.sum(axis=1, keepdims=True)  # float32 rows sum to 1 only nearly
 
     def probabilities(self, found: Logits, *, swap: bool) -> Probabilities:
         """(rows in the given order, C) from the logits of all of `self.table`'s rows."""
@@ -84,3 +85,28 @@ class TestRows:
         columns: dict[str, Any] = {"id": ids, "label": self.labels}
         columns |= {f"p_{name}": p[:, i] for i, name in enumerate(labels)}
         pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+def summary(metrics: Mapping[str, Any]) -> str:
+    """metrics.json as a table for a person."""
+    rows = {f"teacher {name}": found["test"] for name, found in metrics.get("teachers", {}).items()}
+    shown = ("baseline", "student", "merged", "quantized", "quantized_tta", "artifact", "artifact_tta")
+    rows |= {name: metrics[name] for name in shown if name in metrics}
+    lines = [f"{'test rows':24}{'log loss':>10}{'accuracy':>10}{'ece':>8}{'rows':>8}"]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:24}{row['log_loss']:10.4f}{row['accuracy']:10.4f}{row['ece']:8.4f}{row['rows']:8}"
+        )
+    if "bayes_log_loss" in metrics:
+        drawn = metrics["bayes_log_loss_drawn"]
+        lines.append(
+            f"{'Bayes floor':24}{metrics['bayes_log_loss']:10.4f}  ({drawn:.4f} on the labels drawn)"
+        )
+    if "drift" in metrics:
+        size, drift = metrics["size_bytes"], metrics["drift"]
+        lines.append(
+            f"quantized against merged: {size['quantized'] / size['merged']:.2f} of the bytes, logits off by "
+            f"{drift['mean_abs_logit']:.4f} (at most {drift['max_abs_logit']:.4f}), KL {drift['kl']:.1e}, "
+            f"same class in {drift['agreement']:.2%}"
+        )
+    return "\n".join(lines)

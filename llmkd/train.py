@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.trainer_utils import set_seed
 
 from llmkd import ranks
@@ -24,6 +28,8 @@ from llmkd.models.pooling import autocast, class_logits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+ENGINE = "_llmkd_engine"  # where a student keeps the engine that trained it last
 
 
 def arguments(
@@ -40,6 +46,7 @@ def arguments(
     seed: int = 42,
 ) -> TrainingArguments:
     """The Trainer's arguments. Under ZeRO-3 they must exist before a model is loaded, to shard it."""
+    forget_sharding()
     return TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=epochs,
@@ -60,9 +67,16 @@ def arguments(
         dataloader_pin_memory=False,
         logging_nan_inf_filter=False,
         logging_steps=0.1,
+        disable_tqdm=False,
         save_strategy="no",
         report_to=[],
     )
+
+
+def forget_sharding() -> None:
+    """Models loaded from here on are whole: a DeepSpeed training before this one leaves two switches on."""
+    unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 class StepTrainer(Trainer):
@@ -156,6 +170,7 @@ def fit(
     if not len(train):
         raise DataError("no rows to train on; check folds.count and the prepared rows")
     student: nn.Module = method.student  # type: ignore[assignment]
+    _begin_anew(student, training)
     if gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         student.enable_input_require_grads()  # type: ignore[operator]
@@ -176,6 +191,7 @@ def fit(
     trainer.parts, trainer.parts_since = {}, 0
     trainer.train()
     _check_engine(trainer, training)
+    student.__dict__[ENGINE] = trainer.model_wrapped  # not as an attribute, which would make it a submodule
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(math.isfinite(entry["loss"]) for entry in losses):
         raise ModelError("the training loss is not finite; lower learning_rate or check the teachers' logits")
@@ -187,6 +203,24 @@ def fit(
         "best": keep.best if keep else None,
         "steps": trainer.state.global_step,
     }
+
+
+def _begin_anew(student: nn.Module, training: TrainingArguments) -> None:
+    """Every training has an engine of its own, also the next fold's over the same student.
+
+    The one before ends here and not with its training, as ZeRO-3's weights are only whole, in `predict`,
+    through its hooks. Accelerate refuses a second DeepSpeed plugin until its state is reset, as the
+    Trainer's own hyperparameter search does it.
+    """
+    engine = student.__dict__.pop(ENGINE, None)
+    if not training.deepspeed:
+        return
+    if engine is not None:
+        engine.destroy()
+    training.hf_deepspeed_config = HfTrainerDeepSpeedConfig(training.deepspeed)
+    training.hf_deepspeed_config.trainer_config_process(training)
+    training.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=training.hf_deepspeed_config)
+    AcceleratorState._reset_state()
 
 
 def _check_engine(trainer: Trainer, training: TrainingArguments) -> None:

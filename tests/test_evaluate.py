@@ -112,8 +112,10 @@ def test_drift_is_of_kl_before_to_after_and_finite_for_certain_rows() -> None:
 
 def test_bayes_by_hand() -> None:
     found = bayes(np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.8, 0.1, 0.1]]), np.array([1, 0, 2]))
-    assert found["expected"] == pytest.approx((np.log(2) + 0 - 0.8 * np.log(0.8) - 0.2 * np.log(0.1)) / 3)
-    assert found["on_these_rows"] == pytest.approx((np.log(2) + 0 - np.log(0.1)) / 3)
+    assert found["bayes_log_loss"] == pytest.approx(
+        (np.log(2) + 0 - 0.8 * np.log(0.8) - 0.2 * np.log(0.1)) / 3
+    )
+    assert found["bayes_log_loss_drawn"] == pytest.approx((np.log(2) + 0 - np.log(0.1)) / 3)
 
 
 def test_nothing_beats_the_bayes_floor() -> None:
@@ -122,6 +124,6 @@ def test_nothing_beats_the_bayes_floor() -> None:
     p = random.dirichlet([1, 1, 1], 20_000)
     labels = (p.cumsum(1) > random.random((len(p), 1))).argmax(1)
     floor = bayes(p, labels)
-    assert floor["on_these_rows"] == pytest.approx(floor["expected"], abs=0.02)
+    assert floor["bayes_log_loss_drawn"] == pytest.approx(floor["bayes_log_loss"], abs=0.02)
     for other in (softmax(np.log(p) * 1.3), softmax(np.log(p) * 0.7), np.full_like(p, 1 / 3)):
-        assert float(scores(other, labels)["log_loss"]) > floor["on_these_rows"] + 0.005
+        assert float(scores(other, labels)["log_loss"]) > floor["bayes_log_loss_drawn"] + 0.005

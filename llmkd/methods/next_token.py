@@ -25,6 +25,8 @@ class NextToken(nn.Module):
         with autocast(self.precision, ids.device):
             logits = self.student(**inputs, use_cache=False).logits[:, :-1]  # (B, L - 1, V)
         targets, real = ids[:, 1:], mask[:, 1:].float()
-        loss = cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")  # (B, L - 1)
+        # flat, as the class axis must be the innermost one to be fast
+        flat = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        loss = flat.view_as(real)  # (B, L - 1)
         loss = (loss * real).sum(-1) / real.sum(-1).clamp(min=1)
         return loss, {"next_token": loss}
