@@ -6,8 +6,10 @@ LAUNCH ?= $(BIN)/python
 BIN := .venv/bin
 INSTALLED := .venv/installed
 STAGE = $(LAUNCH) stages/$(1).py --config $(CONFIG) $(ARGS)
-# With -j the teachers and folds run side by side, so each process leaves cores to the others.
-PARALLEL = $(findstring -j,$(MAKEFLAGS))
+PARTS = $(shell $(BIN)/python -m llmkd.stage $(1) $(CONFIG) $(ARGS))
+# With -j the models, teachers and folds of a stage run side by side first, each in a process of its own.
+.SECONDEXPANSION:
+SPLIT = $(if $(filter -j%,$(MAKEFLAGS)),$(addprefix $(1)/,$(call PARTS,$(2))))
 
 .PHONY: help demo install prepare pretrain teachers distill merge quantize evaluate run test test-all check lint types clean
 help:
@@ -27,12 +29,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 prepare: install
 	$(call STAGE,00_prepare)
-pretrain: prepare
-	$(if $(PARALLEL),$(MAKE) $(addprefix pretrain/,$(shell $(BIN)/python -m llmkd.stage models $(CONFIG) $(ARGS))),$(call STAGE,01_pretrain))
-teachers: pretrain
-	$(if $(PARALLEL),$(MAKE) $(addprefix teachers/,$(shell $(BIN)/python -m llmkd.stage teachers $(CONFIG) $(ARGS))),$(call STAGE,02_teachers))
-distill: teachers
-	$(if $(PARALLEL),$(MAKE) $(addprefix distill/,$(shell $(BIN)/python -m llmkd.stage folds $(CONFIG) $(ARGS))),$(call STAGE,03_distill))
+pretrain: prepare $$(call SPLIT,pretrain,models)
+	$(call STAGE,01_pretrain)
+teachers: pretrain $$(call SPLIT,teachers,teachers)
+	$(call STAGE,02_teachers)
+distill: teachers $$(call SPLIT,distill,folds)
+	$(call STAGE,03_distill)
 merge: distill
 	$(call STAGE,04_merge)
 quantize: merge
@@ -42,11 +44,11 @@ evaluate: quantize
 run: evaluate
 
 # Parts of a stage, as `make -j` runs them: pretrain/gemma, teachers/llama:0, distill/3
-pretrain/%:
+pretrain/%: | prepare
 	$(call STAGE,01_pretrain) --model $*
-teachers/%:
+teachers/%: | pretrain
 	$(call STAGE,02_teachers) --teacher $(firstword $(subst :, ,$*)) --fold $(lastword $(subst :, ,$*))
-distill/%:
+distill/%: | teachers
 	$(call STAGE,03_distill) --fold $*
 
 test: install

@@ -226,7 +226,7 @@ def _ids(table: pa.Table, part: str, id_column: str | None, problems: list[str])
     if len(repeated):
         problems.append(
             f"{len(repeated)} ids in {id_column!r} repeat, first {repeated[0]['values'].as_py()!r}: "
-            "make them unique, or leave task.id_column out"
+            "make them unique, or leave task.id out"
         )
     if pc.any(pc.ends_with(ids, SWAPPED)).as_py():
         problems.append(f"an id in {id_column!r} ends with {SWAPPED}, the mark of swapped copies: rename it")

@@ -1,12 +1,23 @@
 """The run's YAML, typed and closed. Sparse: a file holds only what differs from the defaults here."""
 
+import copy
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from llmkd.errors import ConfigError
 from llmkd.losses import LOSSES
@@ -21,6 +32,10 @@ def _safe_name(name: str) -> str:
 def _existing_file(path: str) -> str:
     if not Path(path).is_file():
         raise ValueError("no such file")
+    try:
+        json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError("not JSON") from None
     return path
 
 
@@ -33,8 +48,13 @@ _Loader.add_implicit_resolver(
 )
 
 Name = Annotated[str, AfterValidator(_safe_name)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 File = Annotated[str, AfterValidator(_existing_file)]
 # Fields about the machine, not the science: they never enter a fingerprint, so a run may change machines.
+FIELDS = {
+    "preference": ("prompt", "response_a", "response_b"),
+    "classification": ("text",),
+}  # as in llmkd.tasks
 MACHINE: dict[str, JsonValue] = {"machine": True}
 
 
@@ -116,7 +136,7 @@ class Training(Closed):
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0, ge=0, description="steps; below 1, a share of all steps")
     weight_decay: float = Field(0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     clip: float = Field(1.0, ge=0)
     evaluations: int = Field(1, ge=1, description="development evaluations an epoch; the best one is kept")
     batch_tokens: int = Field(16384, ge=8, description="tokens of one micro-batch", json_schema_extra=MACHINE)
@@ -142,6 +162,12 @@ class Pretrain(Training):
     lora: Lora | None = Field(None, description="train an adapter and merge it; in full by default")
     load_in: Literal["auto", "fp32", "bf16", "nf4", "int8"] = "auto"
 
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        if self.lora is None and self.load_in in ("nf4", "int8"):
+            raise ValueError(f"a base in {self.load_in} cannot be trained in full: add lora: {{}}")
+        return self
+
 
 class Teacher(Model, Training):
     kind: Literal["llm"] = "llm"
@@ -160,18 +186,25 @@ class Distill(Training):
     epochs: float = Field(2, gt=0)
     learning_rate: float = Field(5e-5, gt=0)
 
+    @field_validator("terms", mode="before")
+    @classmethod
+    def _over_the_defaults(cls, terms: Any) -> Any:
+        """Terms that are not named keep their weight: `terms: {kl: 2}` is not KL alone."""
+        return {"ce": 1.0, "kl": 1.0, "cosine": 1.0, **terms} if isinstance(terms, dict) else terms
+
     @model_validator(mode="after")
     def _known_terms(self) -> Self:
-        unknown = sorted(set(self.terms) - set(LOSSES))
-        if unknown:
-            raise ValueError(f"terms: unknown {unknown}; known are {sorted(LOSSES)}")
-        if not any(self.terms.values()) or min(self.terms.values()) < 0:
-            raise ValueError("terms: weights must be 0 or more and not all 0")
         temperatures = self.temperature.values() if isinstance(self.temperature, dict) else [self.temperature]
-        if any(value <= 0 for value in temperatures):
-            raise ValueError("temperature: must be above 0")
-        if any(value < 0 for value in self.teacher_weights.values()):
-            raise ValueError("teacher_weights: must be 0 or more")
+        unknown = sorted(set(self.terms) - set(LOSSES))
+        checks = {
+            f"terms: unknown {unknown}; known are {sorted(LOSSES)}": unknown,
+            "terms: weights must be 0 or more": min(self.terms.values()) < 0,
+            "terms: weights must not all be 0": not any(self.terms.values()),
+            "temperature: must be above 0": min(temperatures, default=1) <= 0,
+            "teacher_weights: must be 0 or more": min(self.teacher_weights.values(), default=0) < 0,
+        }
+        if any(checks.values()):
+            raise ValueError("\n".join(message for message, fault in checks.items() if fault))
         return self
 
 
@@ -182,7 +215,7 @@ class Merge(Closed):
 
 class Quantize(Closed):
     bits: Literal[4, 8] = 8
-    group_size: int = Field(128, ge=-1)
+    group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = Field(128, description="-1: a row at once")
     calibration_rows: int = Field(128, ge=1)
     desc_act: bool = False
 
@@ -252,9 +285,12 @@ def _crosschecks(config: Config) -> Iterator[str]:
         yield f"task.swap = True: only preference rows have two orders, not {config.task.kind}"
     if config.task.kind == "classification" and not config.task.labels:
         yield "task.labels: name the classes in order, e.g. [negative, positive]"
-    bits = config.quantize.group_size if config.quantize else -1
-    if bits == 0:
-        yield "quantize.group_size = 0: use -1 (one group a row) or a positive divisor of the layers' widths"
+    if config.task.labels and len(set(config.task.labels)) < len(config.task.labels):
+        yield f"task.labels = {config.task.labels}: names must differ"
+    fields = [*FIELDS[config.task.kind], *config.task.extra]
+    for key in ("columns", "max_words"):
+        for name in sorted(set(getattr(config.task, key) or ()) - set(fields)):
+            yield f"task.{key}.{name}: no such field; there are {fields}"
 
 
 def parse(text: str, overrides: Sequence[str] = (), *, source: str = "config") -> Config:
@@ -273,7 +309,8 @@ def parse(text: str, overrides: Sequence[str] = (), *, source: str = "config") -
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {line}" for line in _problems(error))) from None
+        problems = _all_problems(data, error)
+        raise ConfigError("\n".join(f"{source}: {line}" for line in problems)) from None
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -281,6 +318,28 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such config file; shipped ones are in configs/")
     return parse(Path(path).read_text(encoding="utf-8"), overrides, source=str(path))
+
+
+def _all_problems(data: dict[str, Any], error: ValidationError) -> list[str]:
+    """Also the checks across sections, which pydantic leaves out while any field is faulty: they are
+    made with the defaults of the faulty fields, where these have any."""
+    found, left = list(_problems(error)), copy.deepcopy(data)
+    if [problem["loc"] for problem in error.errors()] == [()]:
+        return found
+    if all([_removed(left, problem["loc"]) for problem in error.errors()]):  # noqa: C419 (remove each)
+        try:
+            Config.model_validate(left)
+        except ValidationError as more:
+            if all(problem["loc"] == () for problem in more.errors()):
+                found += _problems(more)
+    return found
+
+
+def _removed(data: Any, place: tuple[str | int, ...]) -> bool:
+    """Whether the value at `place` could be taken out, so that its default stands in."""
+    for part in place[:-1]:
+        data = data.get(part) if isinstance(data, dict) else None
+    return bool(place) and isinstance(data, dict) and data.pop(place[-1], None) is not None
 
 
 def _problems(error: ValidationError) -> Iterator[str]:

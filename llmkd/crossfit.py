@@ -101,8 +101,9 @@ def fit_fold(
     if ranks.is_main():
         save_trained(model, state, directory / "adapter")
         cached = {view: ([examples.ids[row] for row in rows[view]], found[view]) for view in rows}
-        logits.write(directory / "logits.parquet", cached, teacher=name, labels=labels)
-    batches = sorted_batches(train, examples.lengths, batch_tokens)
+        if cached:  # one fold, no test part and no views: there is nothing but the adapter
+            logits.write(directory / "logits.parquet", cached, teacher=name, labels=labels)
+    batches = [batch for at in rows.values() for batch in sorted_batches(at, examples.lengths, batch_tokens)]
     metrics = {**history, "inference_padding_share": padding_share(batches, examples.lengths)}
     return metrics, {"train": len(train), **{view: len(at) for view, at in rows.items()}}
 

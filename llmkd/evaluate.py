@@ -104,8 +104,11 @@ def artifact_logits(
     from llmkd.models.artifact import load_artifact
     from llmkd.train import predict
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_artifact(path, device=device)
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    # one arithmetic for all artifacts, or drift would measure rounding and not quantization
+    model, tokenizer = load_artifact(
+        path, device=device, dtype=torch.float32 if precision == "fp32" else None
+    )
     examples = text_examples(table, tokenizer, kind, **text)
     rows = np.arange(len(table))
     began = time.perf_counter()

@@ -70,6 +70,8 @@ def _split(
     alone = len(groups) == groups.max() + 1
     # StratifiedGroupKFold walks the groups one by one: minutes where every row is its own group.
     kind = StratifiedKFold if alone and stratify else StratifiedGroupKFold if stratify else GroupKFold
+    if count > np.unique(classes, return_counts=True)[1].max() or count > groups.max() + 1:
+        raise DataError(f"{count} folds for {len(classes)} rows are too many: lower folds.count")
     splitter = kind(n_splits=count, shuffle=True, random_state=seed)
     folds = np.full(len(classes), -1, dtype=np.int16)
     parts = splitter.split(classes, classes, None if alone and stratify else groups)

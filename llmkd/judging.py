@@ -61,7 +61,7 @@ class TestRows:
         self.mirror = tasks.KINDS[kind].mirror(classes)
         self.labels = self.table["label"].to_numpy().astype(np.int64)[self.given]
         self.bayes: Probabilities | None = None
-        if "bayes" in self.table.column_names:
+        if "bayes" in self.table.column_names and self.table["bayes"].null_count == 0:
             stored = np.asarray(self.table["bayes"].to_pylist(), dtype=np.float64)[self.given]
             self.bayes = stored / stored.sum(axis=1, keepdims=True)  # float32 rows sum to 1 only nearly
 

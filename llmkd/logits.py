@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from llmkd.errors import CacheError
 
-VIEWS = ("oof", "in_sample", "test")
-
 
 def write(
     path: Path,

@@ -24,6 +24,8 @@ def start(deepspeed: str | None = None) -> None:
     """Join the process group. Under DeepSpeed this must come before any model is built (ZeRO-3)."""
     import torch
 
+    if torch.cuda.is_available():  # else every rank of a node would load its model on the first device
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if deepspeed:
         _single_rank_environment()
         import deepspeed as engine

@@ -36,8 +36,8 @@ def prepare(
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The rows of both parts with stems, groups, folds and swapped copies, and a JSON-able report.
 
-    `group` is the field whose equal texts (casefolded, whitespace collapsed) stay together; None leaves each
-    stem alone, and the leak check then looks for equal rows. A swapped copy follows the part's rows in their
+    `group` is the field whose equal texts (casefolded, whitespace collapsed) stay together; None keeps
+    rows of equal texts together, and the leak check looks for those. A swapped copy follows the rows in their
     given order. Duplicates (same texts, either order where the kind has a mirror) and duplicates with
     conflicting labels are counted, not removed. Raises DataError.
     """
@@ -48,7 +48,7 @@ def prepare(
     kept, leaked = _without_leaks(parts, kind, group, leaks)
     report: dict[str, Any] = {"leaks": {"policy": leaks, **leaked}}
     report["duplicates"] = {table["part"][0].as_py(): _duplicates(table, kind) for table in kept}
-    grouped = [_grouped(table, group) for table in kept]
+    grouped = [_grouped(table, group, kind) for table in kept]
     numbers = folding.assign(
         grouped[0]["label"].to_numpy(), _strings(grouped[0]["group"]), folds, seed, stratify=stratify
     )
@@ -71,7 +71,7 @@ def _check_ids(parts: Sequence[pa.Table]) -> None:
     if len(repeated):
         raise DataError(
             f"{len(repeated)} ids stand in train and in test, first {repeated[0]['values'].as_py()!r}: "
-            "make them unique, or leave task.id_column out"
+            "make them unique, or leave task.id out"
         )
 
 
@@ -138,12 +138,11 @@ def _walk(table: pa.Table, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
         yield from zip(*(part[field].to_pylist() for field in fields), strict=True)
 
 
-def _grouped(table: pa.Table, group: str | None) -> pa.Table:
+def _grouped(table: pa.Table, group: str | None, kind: str) -> pa.Table:
     """The table with id, stem, swapped, group first; fold comes later."""
     stems = table["id"]
-    groups = (
-        stems if group is None else pa.array([f"{key:016x}" for key in _keys(table, [group])], pa.string())
-    )
+    keys = _keys(table, [group]) if group else _content(table, kind)[0]
+    groups = pa.array([f"{key:016x}" for key in keys], pa.string())
     columns = {
         "id": stems,
         "stem": stems,

@@ -92,6 +92,8 @@ def writing(
     started = time.time()
     barrier = (lambda: None) if alone else ranks.barrier
     unit = Unit(directory.with_name(directory.name + ".partial"))
+    if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
+        raise RunError(f"{directory}: holds files but no {MANIFEST}, so it is not this run's; move it away")
     if ranks.is_main():
         shutil.rmtree(unit.path, ignore_errors=True)
         unit.path.mkdir(parents=True)
@@ -166,7 +168,8 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 def source_digest(source: str) -> str:
     """What a raw input holds: sha256 over its files' bytes, or its own words where it is no file."""
-    paths = sorted(path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file())
+    found = [source] if Path(source).is_file() else glob.glob(source, recursive=True)
+    paths = sorted(path for path in map(Path, found) if path.is_file())
     return _sha("".join([*(file_entry(path)["sha256"] for path in paths)] or [source]).encode())
 
 

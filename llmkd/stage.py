@@ -1,6 +1,7 @@
 """What every script in stages/ starts with: its command line, its config, its finished inputs."""
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkd import ranks, run
 from llmkd.config import Config, Model, load, science
-from llmkd.errors import ConfigError, LlmkdError
+from llmkd.errors import ConfigError, LlmkdError, RunError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,7 +36,10 @@ def main(body: Callable[[Config, argparse.Namespace], None], description: str, *
         config, arguments = parse(description, flags)
         body(config, arguments)
     except LlmkdError as error:
-        print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
+        from tqdm import tqdm  # type: ignore[import-untyped]
+
+        # on lines of its own, also where a progress bar stands
+        tqdm.write("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
         sys.exit(2)
     finally:
         ranks.stop()
@@ -77,12 +81,41 @@ def command(config: Config, stage: str) -> str:
     return f"run: python stages/{stage}.py --config ... (run: {config.run})"
 
 
+def rows_directory(config: Config) -> Path:
+    """Stage 00's finished directory. Raises RunError where it is missing or of another config."""
+    directory = Path(config.run) / PREPARE
+    _check_settings(config, directory, prepare_settings(config))
+    return directory
+
+
+def prepare_settings(config: Config) -> dict[str, Any]:
+    """What stage 00 makes rows from."""
+    task = science(config.task)
+    for name in ("max_tokens", "max_words", "template"):  # these change tokens, not rows
+        task.pop(name)
+    return {"task": task, "folds": science(config.folds), "seed": config.seed}
+
+
+def pretrain_settings(config: Config, model: Model) -> dict[str, Any]:
+    """What stage 01 makes a model from."""
+    settings = {key: model_settings(model)[key] for key in ("model", "init", "pad_token")}
+    settings["phases"] = [science(phase) for phase in phases(config, model)]
+    settings["task"] = {key: science(config.task)[key] for key in ("kind", "swap")}
+    return {**settings, "text": text_settings(config, model), "seed": config.seed}
+
+
+def _check_settings(config: Config, directory: Path, settings: dict[str, Any]) -> None:
+    """Stages 00 and 01 read raw files, which may be large: settings are compared here, no fingerprints."""
+    remedy = command(config, directory.relative_to(config.run).parts[0])
+    if run.manifest(directory, remedy).get("settings") != json.loads(json.dumps(settings, default=str)):
+        raise RunError(f"{directory}: made from another config; {remedy}")
+
+
 def prepared(config: Config) -> tuple["pa.Table", list[str], str]:
     """Stage 00's rows, the label names and the digest of its directory."""
     import pyarrow.parquet as pq
 
-    directory = Path(config.run) / PREPARE
-    run.manifest(directory, command(config, PREPARE))
+    directory = rows_directory(config)
     table = pq.read_table(directory / "rows.parquet")
     return table, json.loads(table.schema.metadata[b"labels"]), run.digest(directory)
 
@@ -93,7 +126,7 @@ def base(config: Config, model: Model) -> tuple[str, dict[str, str]]:
         assert model.model is not None
         return model.model, {}
     directory = Path(config.run) / PRETRAIN / model.name
-    run.manifest(directory, command(config, PRETRAIN))
+    _check_settings(config, directory, pretrain_settings(config, model))
     return str(directory / "model"), {f"{PRETRAIN}/{model.name}": run.digest(directory)}
 
 
@@ -134,6 +167,7 @@ def load_model(
     from llmkd.models.load import load_classifier, load_tokenizer
     from llmkd.models.lora import add_lora
 
+    gc.collect()  # the model before this one, where there was one: its trainer holds it in a cycle
     tokenizer = load_tokenizer(source, model.pad_token)
     network: Any = load_classifier(
         source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -21,7 +22,7 @@ from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_
 from transformers.trainer_utils import set_seed
 
 from llmkd import ranks
-from llmkd.batches import Examples, Rows, Steps, sorted_batches
+from llmkd.batches import Examples, Rows, Steps, padding_share, sorted_batches
 from llmkd.errors import DataError, ModelError
 from llmkd.models.lora import load_trainable, trainable_state
 from llmkd.models.pooling import autocast, class_logits
@@ -164,7 +165,8 @@ def fit(
 ) -> dict[str, Any]:
     """Train `method.student` on the rows `train`; with `dev` rows, leave it at its best log loss on them.
 
-    Returns the history: {"loss": [every log entry], "dev": [{step, dev_log_loss}], "steps", "best"}.
+    Returns the history: {"loss": [every log entry], "dev": [{step, dev_log_loss}], "steps", "best",
+    "padding_share"}.
     Raises DataError without rows, ModelError where the loss is not finite.
     """
     if not len(train):
@@ -177,6 +179,8 @@ def fit(
     set_seed(training.seed)
     steps = Steps(examples, train, batch_rows, batch_tokens, training.seed, ranks.rank(), ranks.world())
     keep = None
+    if dev is not None:
+        dev = dev[examples.labels[dev] >= 0]
     if dev is not None and len(dev):
         precision = str(getattr(method, "precision", "fp32"))
         keep = KeepBest(
@@ -191,7 +195,8 @@ def fit(
     trainer.parts, trainer.parts_since = {}, 0
     trainer.train()
     _check_engine(trainer, training)
-    student.__dict__[ENGINE] = trainer.model_wrapped  # not as an attribute, which would make it a submodule
+    if training.deepspeed:
+        student.__dict__[ENGINE] = trainer.model_wrapped  # as an attribute it would become a submodule
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not all(math.isfinite(entry["loss"]) for entry in losses):
         raise ModelError("the training loss is not finite; lower learning_rate or check the teachers' logits")
@@ -202,6 +207,7 @@ def fit(
         "dev": keep.history if keep else [],
         "best": keep.best if keep else None,
         "steps": trainer.state.global_step,
+        "padding_share": padding_share([rows for step in steps.steps for rows in step], examples.lengths),
     }
 
 
@@ -213,10 +219,11 @@ def _begin_anew(student: nn.Module, training: TrainingArguments) -> None:
     Trainer's own hyperparameter search does it.
     """
     engine = student.__dict__.pop(ENGINE, None)
-    if not training.deepspeed:
-        return
     if engine is not None:
         engine.destroy()
+    gc.collect()  # DDP's hooks on the gradients go with its trainer, which a cycle keeps
+    if not training.deepspeed:
+        return
     training.hf_deepspeed_config = HfTrainerDeepSpeedConfig(training.deepspeed)
     training.hf_deepspeed_config.trainer_config_process(training)
     training.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=training.hf_deepspeed_config)
@@ -239,9 +246,10 @@ def predict(
     Raises ModelError naming the row where a logit is not finite.
     """
     batches = sorted_batches(rows, examples.lengths, batch_tokens)
-    # under ZeRO-3 every rank must run equally many forwards: the last batches are run twice, counted once
+    # under ZeRO-3 every rank must run equally many forwards: the last one, the shortest, is run again
+    # where their number does not divide, and counted once
     fill = -len(batches) % ranks.world()
-    mine = (batches + batches[:1] * fill)[ranks.rank() :: ranks.world()]
+    mine = (batches + batches[-1:] * fill)[ranks.rank() :: ranks.world()]
     device = next(model.parameters()).device
     found: dict[int, NDArray[np.float32]] = {}
     with _inference(model), autocast(precision, device):

@@ -3,19 +3,17 @@
 import json
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llmkd import run
-from llmkd.config import Config, science
-from llmkd.stage import PREPARE, main, say
+from llmkd.config import Config
+from llmkd.stage import PREPARE, main, prepare_settings, say
 
 
 def prepare(config: Config, arguments: Namespace) -> None:
     task = config.task
     directory = Path(config.run) / PREPARE
-    settings: dict[str, Any] = {"task": science(task), "folds": science(config.folds), "seed": config.seed}
-    for name in ("max_tokens", "max_words", "template"):  # these change tokens, not rows
-        settings["task"].pop(name)
+    settings = prepare_settings(config)
     inputs = {
         part: run.source_digest(source)
         for part, source in (("train", task.train), ("test", task.test))

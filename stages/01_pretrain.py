@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from llmkd import ranks, run
-from llmkd.config import Config, Model, Pretrain, TrainTokenizer, science
-from llmkd.stage import PRETRAIN, chosen, main, model_settings, phases, prepared, say, text_settings
+from llmkd.config import Config, Model, Pretrain, TrainTokenizer
+from llmkd.stage import PRETRAIN, chosen, main, phases, prepared, pretrain_settings, say, text_settings
 
 
 def pretrain(config: Config, arguments: Namespace) -> None:
@@ -20,11 +20,7 @@ def pretrain(config: Config, arguments: Namespace) -> None:
 
 def make(config: Config, model: Model) -> None:
     directory = Path(config.run) / PRETRAIN / model.name
-    settings = model_settings(model)
-    settings = {key: settings[key] for key in ("model", "init", "pad_token")}
-    settings["phases"] = [science(phase) for phase in phases(config, model)]
-    settings["task"] = {key: science(config.task)[key] for key in ("kind", "swap")}
-    settings["text"] = text_settings(config, model)
+    settings = pretrain_settings(config, model)
     inputs = {f"data {i}": run.source_digest(phase.data) for i, phase in enumerate(phases(config, model))}
     if model.init:  # its tokenizer is trained on the rows
         inputs["00_prepare"] = prepared(config)[2]
@@ -88,7 +84,7 @@ def run_phase(config: Config, model: Model, phase: Pretrain, source: str, direct
     from llmkd.train import arguments, split
 
     trainer, batching = split(phase.training())
-    training = arguments(directory / "trainer", seed=config.seed, **trainer)
+    training = arguments(directory, seed=config.seed, **trainer)
     examples_of = causal_examples if phase.objective == "causal_lm" else supervised_examples
     return continued.pretrain(
         source,

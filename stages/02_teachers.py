@@ -3,8 +3,8 @@
 from argparse import Namespace
 from pathlib import Path
 
-from llmkd import ranks, run
-from llmkd.config import Config, Teacher, science
+from llmkd import ranks, units
+from llmkd.config import Config, Teacher
 from llmkd.stage import (
     TEACHERS,
     base,
@@ -26,13 +26,9 @@ def teachers(config: Config, arguments: Namespace) -> None:
 
 
 def teach(config: Config, teacher: Teacher, folds: list[int]) -> None:
-    table, labels, digest = prepared(config)
-    source, inputs = base(config, teacher)
-    inputs = {"00_prepare": digest, **inputs}
-    settings = {"teacher": science(teacher), "text": text_settings(config, teacher), "views": config.views}
+    recipes = {fold: units.teacher(config, teacher, fold) for fold in folds}
+    todo = {fold: recipe for fold, recipe in recipes.items() if not recipe.stands}
     root = Path(config.run) / TEACHERS / teacher.name
-    mark = {fold: run.fingerprint(TEACHERS, {**settings, "fold": fold}, inputs) for fold in folds}
-    todo = [fold for fold in folds if not run.stands(root / f"fold{fold}", mark[fold])]
     if not todo:
         return say(f"{root}: folds {folds} done")
 
@@ -43,16 +39,16 @@ def teach(config: Config, teacher: Teacher, folds: list[int]) -> None:
     from llmkd.objective import HARD
     from llmkd.train import arguments, split
 
+    table, labels, _ = prepared(config)
+    source, _ = base(config, teacher)
     precision = resolve_precision(config.precision)
     trainer, batching = split(teacher.training())
     training = arguments(root, seed=config.seed, **trainer)
     model, tokenizer = load_model(config, teacher, source, labels, precision)
     examples = crossfit.text_examples(table, tokenizer, config.task.kind, **text_settings(config, teacher))
     start = trainable_state(model)
-    for fold in todo:
-        with run.writing(
-            root / f"fold{fold}", TEACHERS, {**settings, "fold": fold}, inputs, config.seed
-        ) as unit:
+    for fold, recipe in todo.items():
+        with recipe.writing(config.seed) as unit:
             metrics, counts = crossfit.fit_fold(
                 model,
                 start,
@@ -71,7 +67,7 @@ def teach(config: Config, teacher: Teacher, folds: list[int]) -> None:
             )
             unit.metrics.update(metrics)
             unit.rows.update(counts)
-        say(f"{root / f'fold{fold}'}: development log loss {metrics['best']}")
+        say(f"{recipe.directory}: development log loss {metrics['best']}")
 
 
 if __name__ == "__main__":

@@ -4,21 +4,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llmkd import ranks, run
-from llmkd.config import Config, science
-from llmkd.stage import (
-    DISTILL,
-    TEACHERS,
-    base,
-    chosen,
-    command,
-    load_model,
-    main,
-    model_settings,
-    prepared,
-    say,
-    text_settings,
-)
+from llmkd import ranks, units
+from llmkd.config import Config
+from llmkd.stage import DISTILL, TEACHERS, base, chosen, load_model, main, prepared, say, text_settings
 
 
 def distill(config: Config, arguments: Namespace) -> None:
@@ -26,12 +14,9 @@ def distill(config: Config, arguments: Namespace) -> None:
         int(fold) for fold in chosen(arguments.fold, [str(k) for k in range(config.folds.count)], "fold")
     ]
     kinds = ["student", "baseline"] if config.distill.baseline else ["student"]
-    jobs = [(kind, fold) for kind in chosen(arguments.only, kinds, "only") for fold in folds]
-    jobs = [
-        job
-        for job in jobs
-        if not run.stands(target(config, *job), run.fingerprint(DISTILL, *made_from(config, *job)))
-    ]
+    chosen_kinds = chosen(arguments.only, kinds, "only")
+    jobs = {(kind, fold): units.student(config, kind, fold) for kind in chosen_kinds for fold in folds}
+    jobs = {job: recipe for job, recipe in jobs.items() if not recipe.stands}
     if not jobs:
         return say(f"{Path(config.run) / DISTILL}: folds {folds} done")
 
@@ -52,10 +37,9 @@ def distill(config: Config, arguments: Namespace) -> None:
         table, tokenizer, config.task.kind, **text_settings(config, config.student)
     )
     start = trainable_state(model)
-    for kind, fold in jobs:
+    for (kind, fold), recipe in jobs.items():
         learnt_from, objective = with_teachers(config, examples, table, labels, kind, fold)
-        settings, inputs = made_from(config, kind, fold)
-        with run.writing(target(config, kind, fold), DISTILL, settings, inputs, config.seed) as unit:
+        with recipe.writing(config.seed) as unit:
             metrics, counts = crossfit.fit_fold(
                 model,
                 start,
@@ -74,38 +58,7 @@ def distill(config: Config, arguments: Namespace) -> None:
             )
             unit.metrics.update(metrics)
             unit.rows.update(counts)
-        say(f"{target(config, kind, fold)}: development log loss {metrics['best']}")
-
-
-def target(config: Config, kind: str, fold: int) -> Path:
-    name = config.student.name if kind == "student" else f"{config.student.name}-baseline"
-    return Path(config.run) / DISTILL / name / f"fold{fold}"
-
-
-def read_from(config: Config, fold: int) -> list[int]:
-    """The folds whose teachers' logits this fold's student reads."""
-    count = config.folds.count
-    return (
-        [fold] if config.distill.view == "in_sample" else [other for other in range(count) if other != fold]
-    )
-
-
-def made_from(config: Config, kind: str, fold: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and input digests of one fold's student; a baseline has no teachers in either."""
-    _, _, digest = prepared(config)
-    settings: dict[str, Any] = {"kind": kind, "fold": fold, "student": model_settings(config.student)}
-    settings |= {"text": text_settings(config, config.student), "distill": science(config.distill)}
-    inputs = {"00_prepare": digest, **base(config, config.student)[1]}
-    if kind == "baseline":
-        for name in ("view", "terms", "temperature", "teacher_weights", "normalize"):
-            settings["distill"].pop(name)
-        return settings, inputs
-    for teacher in config.teachers:
-        for source in read_from(config, fold):
-            directory = Path(config.run) / TEACHERS / teacher.name / f"fold{source}"
-            run.manifest(directory, command(config, TEACHERS))
-            inputs[f"{TEACHERS}/{teacher.name}/fold{source}"] = run.digest(directory)
-    return settings, inputs
+        say(f"{recipe.directory}: development log loss {metrics['best']}")
 
 
 def with_teachers(config: Config, examples: Any, table: Any, labels: list[str], kind: str, fold: int) -> Any:

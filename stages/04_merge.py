@@ -3,29 +3,21 @@
 from argparse import Namespace
 from pathlib import Path
 
-from llmkd import ranks, run
-from llmkd.config import Config, science
-from llmkd.stage import DISTILL, MERGE, base, command, main, model_settings, prepared, say
+from llmkd import ranks, units
+from llmkd.config import Config
+from llmkd.stage import base, main, prepared, say
 
 
 def merge(config: Config, arguments: Namespace) -> None:
     if not ranks.is_main():
         return
-    student, directory = config.student, Path(config.run) / MERGE
-    folds = {
-        f"{DISTILL}/{student.name}/fold{fold}": Path(config.run) / DISTILL / student.name / f"fold{fold}"
-        for fold in range(config.folds.count)
-    }
-    for fold in folds.values():
-        run.manifest(fold, command(config, DISTILL))
-    source, inputs = base(config, student)
-    inputs = {**inputs, **{name: run.digest(fold) for name, fold in folds.items()}}
-    settings = {"merge": science(config.merge), "student": model_settings(student)}
-    if run.stands(directory, run.fingerprint(MERGE, settings, inputs)):
-        return say(f"{directory}: done")
-    with run.writing(directory, MERGE, settings, inputs, config.seed, alone=True) as unit:
-        write_model(config, source, [fold / "adapter" for fold in folds.values()], unit.path / "model")
-    say(f"{directory}: {len(folds)} folds merged by {config.merge.how}")
+    recipe = units.merged(config)
+    if recipe.stands:
+        return say(f"{recipe.directory}: done")
+    adapters = [student.directory / "adapter" for student in units.students(config)]
+    with recipe.writing(config.seed, alone=True) as unit:
+        write_model(config, base(config, config.student)[0], adapters, unit.path / "model")
+    say(f"{recipe.directory}: {len(adapters)} folds merged by {config.merge.how}")
 
 
 def write_model(config: Config, source: str, adapters: list[Path], directory: Path) -> None:

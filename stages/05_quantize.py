@@ -4,9 +4,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llmkd import ranks, run
-from llmkd.config import Config, science
-from llmkd.stage import MERGE, QUANTIZE, command, main, prepared, say, text_settings
+from llmkd import ranks, units
+from llmkd.config import Config
+from llmkd.stage import MERGE, main, prepared, say, text_settings
 
 
 def quantize(config: Config, arguments: Namespace) -> None:
@@ -14,16 +14,13 @@ def quantize(config: Config, arguments: Namespace) -> None:
         return
     if config.quantize is None:
         return say("quantize: null, nothing to do; 04_merge/model is the artifact")
-    directory, merged = Path(config.run) / QUANTIZE, Path(config.run) / MERGE
-    run.manifest(merged, command(config, MERGE))
-    inputs = {MERGE: run.digest(merged), "00_prepare": prepared(config)[2]}
-    settings = {"quantize": science(config.quantize), "text": text_settings(config, config.student)}
-    if run.stands(directory, run.fingerprint(QUANTIZE, settings, inputs)):
-        return say(f"{directory}: done")
-    with run.writing(directory, QUANTIZE, settings, inputs, config.seed, alone=True) as unit:
-        facts = write_model(config, merged / "model", unit.path / "model")
+    recipe = units.quantized(config)
+    if recipe.stands:
+        return say(f"{recipe.directory}: done")
+    with recipe.writing(config.seed, alone=True) as unit:
+        facts = write_model(config, Path(config.run) / MERGE / "model", unit.path / "model")
         unit.metrics.update(facts)
-    say(f"{directory}: {facts}")
+    say(f"{recipe.directory}: {facts}")
 
 
 def write_model(config: Config, merged: Path, directory: Path) -> dict[str, Any]:

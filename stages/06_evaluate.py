@@ -4,22 +4,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llmkd import ranks, run
+from llmkd import ranks, run, units
 from llmkd.config import Config, science
 from llmkd.errors import ConfigError, DataError
-from llmkd.stage import (
-    DISTILL,
-    EVALUATE,
-    MERGE,
-    QUANTIZE,
-    TEACHERS,
-    command,
-    main,
-    model_settings,
-    prepared,
-    say,
-    text_settings,
-)
+from llmkd.stage import EVALUATE, MERGE, QUANTIZE, main, model_settings, prepared, say, text_settings
 
 
 def evaluate(config: Config, arguments: Namespace) -> None:
@@ -37,14 +25,13 @@ def evaluate(config: Config, arguments: Namespace) -> None:
 def judge_run(config: Config, settings: dict[str, Any]) -> None:
     """This run's own artifact, beside everything that led to it."""
     root = Path(config.run)
-    stages = [MERGE, QUANTIZE] if config.quantize else [MERGE]
-    needed = [*stages, *fold_units(config)]
-    for name in needed:
-        run.manifest(root / name, command(config, name.split("/")[0]))
-    inputs = {"00_prepare": prepared(config)[2], **{name: run.digest(root / name) for name in needed}}
+    folds = [recipe for recipes in fold_units(config).values() for recipe in recipes]
+    artifact = units.quantized(config) if config.quantize else units.merged(config)
+    inputs = {**units.rows(config), **units.finished(config, *folds, artifact)}
     if run.stands(root / EVALUATE, run.fingerprint(EVALUATE, settings, inputs)):
         return say(f"{root / EVALUATE}: done")
     ranks.start()
+    stages = [MERGE, QUANTIZE] if config.quantize else [MERGE]
     paths = {{MERGE: "merged", QUANTIZE: "quantized"}[stage]: root / stage / "model" for stage in stages}
     with run.writing(root / EVALUATE, EVALUATE, settings, inputs, config.seed) as unit:
         metrics = {**cached_scores(config), **artifact_scores(config, paths, unit.path)}
@@ -71,16 +58,13 @@ def finish(metrics: dict[str, Any], unit: run.Unit) -> None:
     say(summary(metrics))
 
 
-def fold_units(config: Config) -> dict[str, str]:
-    """Every finished fold whose logits are judged: {unit: whose}."""
-    units = {}
-    for fold in range(config.folds.count):
-        for teacher in config.teachers:
-            units[f"{TEACHERS}/{teacher.name}/fold{fold}"] = teacher.name
-        units[f"{DISTILL}/{config.student.name}/fold{fold}"] = "student"
-        if config.distill.baseline:
-            units[f"{DISTILL}/{config.student.name}-baseline/fold{fold}"] = "baseline"
-    return units
+def fold_units(config: Config) -> dict[str, list[units.Recipe]]:
+    """Whose folds left logits that are judged; the student last, after its baseline."""
+    folds = range(config.folds.count)
+    found = {which.name: [units.teacher(config, which, fold) for fold in folds] for which in config.teachers}
+    if config.distill.baseline:
+        found["baseline"] = units.students(config, "baseline")
+    return {**found, "student": units.students(config)}
 
 
 def cached_scores(config: Config) -> dict[str, Any]:
@@ -88,12 +72,9 @@ def cached_scores(config: Config) -> dict[str, Any]:
     from llmkd import judging
 
     table, labels, _ = prepared(config)
-    units, metrics = fold_units(config), dict[str, Any](teachers={})
-    for whose in dict.fromkeys(units.values()):
-        files = [
-            Path(config.run) / unit / "logits.parquet" for unit, owner in units.items() if owner == whose
-        ]
-        found = judging.folds(table, files, labels)
+    metrics: dict[str, Any] = {"teachers": {}}
+    for whose, recipes in fold_units(config).items():
+        found = judging.folds(table, [recipe.directory / "logits.parquet" for recipe in recipes], labels)
         if whose in ("student", "baseline"):
             metrics[whose] = {**found.pop("test"), **found}
         else:

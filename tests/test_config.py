@@ -96,7 +96,6 @@ def test_required_keys(missing: str) -> None:
         (["views=[in_sample]", "distill.view=oof"], "views = ['in_sample']: the student reads 'oof'"),
         (["distill.teacher_weights={qwen: 1}"], "distill.teacher_weights.qwen: no teacher of that name"),
         (["distill.temperature={qwen: 1}"], "distill.temperature.qwen: no teacher of that name"),
-        (["distill.teacher_weights={llama: 0}", "distill.terms={kl: 1}"], "distill.teacher_weights: all 0"),
         (
             ["distill.teacher_weights={llama: 0}", "distill.terms={ce: 0, kl: 1}"],
             "distill.teacher_weights: all 0",
@@ -108,7 +107,9 @@ def test_required_keys(missing: str) -> None:
             "task.swap = True: only preference",
         ),
         (["task.kind=classification"], "task.labels: name the classes in order"),
-        (["quantize.group_size=0"], "quantize.group_size = 0: use -1"),
+        (["task.columns={promt: q}"], "task.columns.promt: no such field"),
+        (["task.max_words={answer: 9}"], "task.max_words.answer: no such field"),
+        (["task.labels=[x, x]"], "task.labels = ['x', 'x']: names must differ"),
     ],
 )
 def test_crosschecks(overrides: list[str], message: str) -> None:
@@ -161,8 +162,11 @@ def test_what_the_crosschecks_must_let_pass(overrides: list[str]) -> None:
         ("student.name=a b", "student.name = 'a b': use letters"),
         ("student.name=", "student.name = None"),
         ("teachers=[]", "teachers = []"),
-        ("distill.terms={ce: 0}", "not all 0"),
-        ("distill.terms={}", "not all 0"),
+        ("distill.terms={ce: 0, kl: 0, cosine: 0}", "must not all be 0"),
+        ("distill.betas=[1.5, 0.9]", "distill.betas.0 = 1.5"),
+        ("quantize.group_size=0", "quantize.group_size = 0"),
+        ("quantize.group_size=48", "quantize.group_size = 48"),
+        ("pretrain=[{data: d, load_in: nf4}]", "a base in nf4 cannot be trained in full"),
         ("distill.terms={ce: 2, kl: -1}", "terms: weights must be 0 or more"),
         ("distill.terms={ce: .inf}", "distill.terms.ce = inf"),
         ("distill.terms={ce: .nan}", "distill.terms.ce = nan"),
@@ -287,3 +291,21 @@ def test_training_is_what_a_trainer_takes_and_no_more() -> None:
     assert config.teachers[0].training()["epochs"] == 3
     assert "method" not in config.distill.training()
     assert config.distill.training().keys() == config.teachers[0].training().keys()
+
+
+def test_terms_that_are_not_named_keep_their_weight() -> None:
+    assert parse(MINIMAL, ["distill.terms.kl=2"]).distill.terms == {"ce": 1, "kl": 2, "cosine": 1}
+    assert parse(MINIMAL, ["distill.terms={}"]).distill.terms == {"ce": 1, "kl": 1, "cosine": 1}
+
+
+def test_faults_of_fields_and_across_sections_are_reported_together() -> None:
+    found = problems(
+        MINIMAL, "folds.count=0", "evaluate.tta=swap", "distill.terms.kl2=1", "distill.temperature=-1"
+    )
+    for part in (
+        "folds.count = 0",
+        "evaluate.tta = 'swap'",
+        "unknown ['kl2']",
+        "temperature: must be above 0",
+    ):
+        assert sum(part in line for line in found) == 1, (part, found)

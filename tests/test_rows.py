@@ -269,8 +269,13 @@ def test_groups_ignore_case_and_whitespace() -> None:
     groups = table["group"].to_pylist()
     assert groups[0] == groups[1]
     assert len(set(groups)) == 5 == report["parts"]["train"]["groups"]
-    alone, _ = prepared(pairs(), group=None)
-    assert alone["group"].to_pylist() == alone["stem"].to_pylist()
+    alone, _ = prepared(pairs(prompt=["p", "p", "p", "q", "r", "s"]), group=None, swap=False)
+    assert len(set(alone["group"].to_pylist())) == 6  # one prompt, but not one pair
+    twice = pairs(
+        prompt=["p"] * 6, response_a=["a", "b", "c", "d", "e", "f"], response_b=["b", "a", "d", "c", "f", "e"]
+    )
+    copies, _ = prepared(twice, group=None, swap=False)
+    assert len(set(copies["group"].to_pylist())) == 3  # equal texts, in either order, share a fold
     with pytest.raises(DataError, match=r"group 'question' is no field: the rows have prompt, response_a"):
         prepared(pairs(), group="question")
 

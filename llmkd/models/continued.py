@@ -45,7 +45,7 @@ def pretrain(
     from llmkd.models.load import load_causal_lm, load_classifier, load_tokenizer
     from llmkd.models.lora import add_lora, trainable_state
     from llmkd.objective import HARD
-    from llmkd.train import fit
+    from llmkd.train import fit, forget_sharding
 
     tokenizer = load_tokenizer(source, pad_token)
     held = load_in if load_in != "auto" else precision if lora else "fp32"
@@ -66,6 +66,7 @@ def pretrain(
     train = np.flatnonzero(rows.labels >= 0) if not causal else np.arange(len(rows.ids))
     history = fit(method, rows, train, training, **batching)
     state = trainable_state(model)
+    forget_sharding()  # rank 0 alone loads the base again, and the next model is not this training's
     if ranks.is_main():
         _save(model, state, directory, lambda: load("bf16" if held in ("nf4", "int8", "bf16") else "fp32"))
         tokenizer.save_pretrained(directory / "model")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,21 +53,23 @@ def load_classifier(
 
     A checkpoint without a head gets a random one, drawn from `seed`; the head stays in float32.
     """
-    from transformers import AutoModelForSequenceClassification, set_seed
+    from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
+    _check_pad(_from_hub(AutoConfig, source), source, pad_id)
     set_seed(seed)
     names = dict(enumerate(labels))
-    model = _from_hub(
-        AutoModelForSequenceClassification,
-        source,
-        num_labels=len(labels),
-        id2label=names,
-        label2id={name: i for i, name in names.items()},
-        pad_token_id=pad_id,
-        **_weights(load_in),
-        **({"attn_implementation": attention} if attention else {}),
-    )
-    _check_pad(model.config, source, pad_id)
+    with _sharded_as(load_in):
+        model = _from_hub(
+            AutoModelForSequenceClassification,
+            source,
+            num_labels=len(labels),
+            id2label=names,
+            label2id={name: i for i, name in names.items()},
+            pad_token_id=pad_id,
+            **_weights(load_in),
+            **({"attn_implementation": attention} if attention else {}),
+        )
+    model.config.get_text_config().pad_token_id = pad_id
     for name in HEADS:
         if hasattr(model, name):
             getattr(model, name).float()
@@ -83,7 +86,25 @@ def load_causal_lm(source: str, *, load_in: str, attention: str | None = None) -
             f"{source}: {architectures[0]} is an encoder; pretrain it with objective: supervised"
         )
     more = {"attn_implementation": attention} if attention else {}
-    return _from_hub(AutoModelForCausalLM, source, **_weights(load_in), **more)
+    with _sharded_as(load_in):
+        return _from_hub(AutoModelForCausalLM, source, **_weights(load_in), **more)
+
+
+@contextmanager
+def _sharded_as(load_in: str) -> Iterator[None]:
+    """ZeRO-3 shards what is loaded in the DeepSpeed config's own dtype, and that is float32 here, as the
+    adapters are: without this a bf16 base would take twice its bytes."""
+    from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+
+    config = deepspeed_config() if is_deepspeed_zero3_enabled() and load_in == "bf16" else None
+    if config is None or "bf16" in config:
+        yield
+        return
+    config["bf16"] = {"enabled": True}
+    try:
+        yield
+    finally:
+        del config["bf16"]
 
 
 def _weights(load_in: str) -> dict[str, Any]:
@@ -117,12 +138,9 @@ def _from_hub(auto: Any, source: str, **arguments: Any) -> Any:
 
 
 def _check_pad(config: PreTrainedConfig, source: str, pad_id: int) -> None:
-    text = config.get_text_config()
-    if pad_id >= text.vocab_size:
-        raise ModelError(
-            f"{source}: pad token id {pad_id} is beyond its {text.vocab_size} embeddings; choose another"
-        )
-    text.pad_token_id = pad_id
+    known = config.get_text_config().vocab_size
+    if pad_id >= known:
+        raise ModelError(f"{source}: pad token id {pad_id} is beyond its {known} embeddings; choose another")
 
 
 def init_model(

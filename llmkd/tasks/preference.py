@@ -29,10 +29,18 @@ COMPUTED: tuple[str, ...] = (
     "list_b",
     "longer",
     "length_ratio",
+    "size_a",
+    "size_b",
+    "topic_a",
+    "topic_b",
+    "size_ratio",
+    "alike",
     "words_prompt",
     "length_prompt",
+    "size_prompt",
 )
 
+_WORD = re.compile(r"\w+")
 _LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+\S", re.MULTILINE)
 
 
@@ -42,14 +50,22 @@ def computed(row: Mapping[str, str]) -> dict[str, str]:
     Counts: words_*, chars_*, lines_*. Coarse, so that a tiny model can read them:
     length_* is a digit 0 to 9 (bits of the word count), longer is a, b or same, length_ratio is
     the log2 ratio of the word counts (a over b) in half octaves from -6 to +6, code_* and list_*
-    are yes or no. Under `swap` the _a and _b fields change places, longer and length_ratio change sign.
+    are yes or no. Finer: size_* are word counts in quarter octaves, size_ratio their difference from -14 to
+    +14, topic_* the share of the prompt's distinct words that an answer uses and alike the share of
+    both answers' distinct words that they have in common, both in eighths.
+    Under `swap` the _a and _b fields change places, longer and the ratios change sign, alike stays.
     """
     a, b = row["response_a"], row["response_b"]
     words = len(row["prompt"].split())
+    asked, told_a, told_b = (_distinct(text) for text in (row["prompt"], a, b))
     return {
         **_answer(a, "a"),
         **_answer(b, "b"),
         **_comparison(len(a.split()), len(b.split())),
+        "topic_a": _eighths(asked & told_a, asked),
+        "topic_b": _eighths(asked & told_b, asked),
+        "alike": _eighths(told_a & told_b, told_a | told_b),
+        "size_prompt": _size(words),
         "words_prompt": str(words),
         "length_prompt": _bucket(words),
     }
@@ -81,6 +97,7 @@ def _answer(text: str, side: str) -> dict[str, str]:
         f"chars_{side}": str(len(text)),
         f"lines_{side}": str(len(text.splitlines())),
         f"length_{side}": _bucket(words),
+        f"size_{side}": _size(words),
         f"code_{side}": "yes" if "```" in text else "no",
         f"list_{side}": "yes" if _LIST_ITEM.search(text) else "no",
     }
@@ -88,10 +105,26 @@ def _answer(text: str, side: str) -> dict[str, str]:
 
 def _comparison(words_a: int, words_b: int) -> dict[str, str]:
     # A difference of logs, not the log of a ratio: its sign flips exactly under swap.
-    half_octaves = round(2 * (math.log2(words_a + 1) - math.log2(words_b + 1)))
-    ratio = max(-6, min(6, half_octaves))
+    octaves = math.log2(words_a + 1) - math.log2(words_b + 1)
+    ratio, fine = max(-6, min(6, round(2 * octaves))), max(-14, min(14, round(4 * octaves)))
     longer = "same" if words_a == words_b else "a" if words_a > words_b else "b"
-    return {"longer": longer, "length_ratio": f"{ratio:+d}" if ratio else "0"}
+    return {"longer": longer, "length_ratio": _signed(ratio), "size_ratio": _signed(fine)}
+
+
+def _signed(number: int) -> str:
+    return f"{number:+d}" if number else "0"
+
+
+def _size(words: int) -> str:
+    return str(round(4 * math.log2(words + 1)))
+
+
+def _distinct(text: str) -> set[str]:
+    return set(_WORD.findall(text.lower()))
+
+
+def _eighths(part: set[str], whole: set[str]) -> str:
+    return str(round(8 * len(part) / len(whole))) if whole else "0"
 
 
 def _bucket(words: int) -> str:

@@ -1,0 +1,213 @@
+"""Models and tokenizers: pad tokens, quantized bases, tiny configs; and every refusal in one line."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from llmkd.errors import ModelError
+from llmkd.merge import merge_folds
+from llmkd.methods.cached import Cached
+from llmkd.models.load import init_model, load_causal_lm, load_classifier, load_tokenizer, train_tokenizer
+from llmkd.models.lora import add_lora, load_trainable, save_trained, trainable, trainable_state
+from llmkd.objective import HARD
+from llmkd.train import fit, predict
+
+ONE_LINE = r"\A[^\n]+\Z"
+ALL = np.arange(24)
+
+
+def load(source: Path, load_in: str = "fp32", **more: Any) -> Any:
+    return load_classifier(str(source), tiny.LABELS, load_in=load_in, **{"pad_id": 0, **more})
+
+
+@pytest.fixture
+def saved_tokenizer(tmp_path: Path) -> Path:
+    tiny.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def without_pad(directory: Path) -> Path:
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["pad_token"]
+    path.write_text(json.dumps(config))
+    return directory
+
+
+def test_a_tokenizer_without_pad_token_is_refused_with_the_remedy(saved_tokenizer: Path) -> None:
+    with pytest.raises(ModelError, match="has no pad token; set pad_token:") as error:
+        load_tokenizer(str(without_pad(saved_tokenizer)))
+    assert str(saved_tokenizer) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_pad_token_names_a_reserved_token_or_eos(saved_tokenizer: Path) -> None:
+    found = load_tokenizer(str(without_pad(saved_tokenizer)), "<eos>")
+    assert found.pad_token_id == found.eos_token_id == 2
+    assert found.padding_side == "right"
+
+
+def test_a_pad_token_outside_the_vocabulary_is_refused(saved_tokenizer: Path) -> None:
+    with pytest.raises(ModelError, match=r"pad_token '<none>' is not in its vocabulary"):
+        load_tokenizer(str(saved_tokenizer), "<none>")
+
+
+def test_a_pad_id_beyond_the_embeddings_is_refused(tmp_path: Path) -> None:
+    tiny.classifier().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"pad token id 64 is beyond its 64 embeddings"):
+        load(tmp_path, pad_id=64)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "model"])
+def test_what_is_not_there_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=ONE_LINE) as error:
+        load_tokenizer(str(tmp_path / "none")) if kind == "tokenizer" else load(tmp_path / "none")
+    assert str(tmp_path / "none") in str(error.value)
+
+
+@pytest.mark.parametrize("loader", [load, lambda path: load_causal_lm(str(path), load_in="fp32")])
+def test_pickled_weights_are_not_read(loader: Any, tmp_path: Path) -> None:
+    model = tiny.classifier()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        loader(tmp_path)
+
+
+def test_labels_are_named_and_a_new_head_comes_from_the_seed(tmp_path: Path) -> None:
+    tiny.causal_lm().save_pretrained(tmp_path)
+    one, same, other = load(tmp_path, seed=1), load(tmp_path, seed=1), load(tmp_path, seed=2)
+    assert one.config.id2label == {0: "a", 1: "b", 2: "tie"}
+    assert one.config.get_text_config().pad_token_id == 0
+    assert torch.equal(one.score.weight, same.score.weight)
+    assert not torch.equal(one.score.weight, other.score.weight)
+
+
+@pytest.mark.parametrize("load_in", ["bf16", "nf4", "int8"])
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_the_head_stays_in_float32(architecture: str, load_in: str, tmp_path: Path) -> None:
+    tiny.classifier(architecture).save_pretrained(tmp_path)
+    head = getattr(load(tmp_path, load_in), "classifier" if architecture == "bert" else "score")
+    assert type(head) is torch.nn.Linear
+    assert head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("load_in", ["nf4", "int8"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+def test_a_quantized_base_trains_predicts_and_trains_again(
+    architecture: str, load_in: str, tmp_path: Path
+) -> None:
+    """A forward without gradients repacks an nf4 base for the CPU, after which no backward works."""
+    tiny.classifier(architecture).save_pretrained(tmp_path / "base")
+    model, examples = add_lora(load(tmp_path / "base", load_in), r=4, alpha=8), tiny.examples()
+    layers = {type(module).__name__ for module in model.modules()}
+    assert {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[load_in] in layers
+    start, losses = trainable_state(model), []
+    before = predict(model, examples, ALL, 64)
+    for _ in range(2):
+        load_trainable(model, start)
+        history = fit(
+            Cached(model, HARD),
+            examples,
+            ALL,
+            tiny.training(tmp_path, epochs=3, learning_rate=1e-2),
+            batch_rows=8,
+            batch_tokens=128,
+            dev=ALL,
+        )
+        losses.append([entry["loss"] for entry in history["loss"]])
+        after = predict(model, examples, ALL, 64)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0][-1] < losses[0][0]
+    assert np.abs(before - after).max() > 0.01
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("load_in", ["nf4", "int8"])
+def test_an_adapter_over_a_quantized_base_merges_into_a_float_one(load_in: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    tiny.classifier().save_pretrained(tmp_path / "base")
+    model, examples = add_lora(load(tmp_path / "base", load_in), r=4, alpha=8), tiny.examples()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    save_trained(model, trainable_state(model), tmp_path / "adapter")
+    beside = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter")
+    merged = merge_folds(load(tmp_path / "base"), [tmp_path / "adapter"])
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    found, expected = (predict(one, examples, ALL, 64) for one in (merged, beside))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(found - predict(load(tmp_path / "base"), examples, ALL, 64)).mean() > 0.1
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_tiny_config_becomes_a_model_beside_its_tokenizer(causal: bool, tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    settings = {
+        key: value for key, value in tiny.DECODER.items() if key not in ("vocab_size", "pad_token_id")
+    }
+    for directory in ("one", "two"):
+        init_model(
+            "llama", settings, tokenizer, tmp_path / directory, labels=tiny.LABELS, causal=causal, seed=5
+        )
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (
+        tmp_path / "two/model.safetensors"
+    ).read_bytes()
+    found = load_tokenizer(str(tmp_path / "one"))
+    assert found("some words")["input_ids"] == tokenizer("some words")["input_ids"]
+    model = load_causal_lm(str(tmp_path / "one"), load_in="fp32") if causal else load(tmp_path / "one")
+    assert model.config.vocab_size == len(tokenizer)
+    assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("lama", {}),
+        ("llama", {"hidden_size": "wide"}),
+        ("llama", {"hidden_size": 33, "num_attention_heads": 2}),
+        ("llama", {"hidden_act": "gelly"}),
+    ],
+)
+def test_a_tiny_config_that_cannot_be_is_refused(
+    architecture: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=rf"\Ainit: {architecture} [^\n]+\Z"):
+        init_model(
+            architecture, settings, tiny.tokenizer(), tmp_path, labels=tiny.LABELS, causal=False, seed=0
+        )
+
+
+def test_an_encoder_is_no_causal_lm(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **tiny.SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is an encoder; pretrain it with objective: supervised"):
+        load_causal_lm(str(tmp_path), load_in="fp32")
+
+
+def test_a_trained_tokenizer_has_its_own_special_tokens_and_loses_no_byte() -> None:
+    tokenizer = train_tokenizer(["bread and butter", "bread and jam"] * 9, 300)
+    assert [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id] == [0, 1, 2]
+    text = "bread, Brot und ¡pan! 面包 🍞"
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == 1
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert len(tokenizer("bread")["input_ids"]) < 6, "merges were learnt"
+    assert len(tokenizer) <= 300
+
+
+def test_a_trained_tokenizer_comes_back_from_disk(saved_tokenizer: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.move(saved_tokenizer, tmp_path / "moved"))
+    found, made = load_tokenizer(str(moved)), tiny.tokenizer()
+    assert found("a few words")["input_ids"] == made("a few words")["input_ids"]
+    assert (found.pad_token, found.padding_side) == ("<pad>", "right")
