@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
@@ -251,6 +252,13 @@ class Config(Closed):
             raise ValueError("\n".join(problems))
         return self
 
+    _given: str = PrivateAttr("")
+
+    @property
+    def given(self) -> str:
+        """The command line's words that led to this config, to repeat in a remedy."""
+        return self._given
+
     @property
     def models(self) -> list[Model]:
         return [*self.teachers, self.student]
@@ -307,10 +315,12 @@ def parse(text: str, overrides: Sequence[str] = (), *, source: str = "config") -
     for override in overrides:
         _override(data, override)
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
     except ValidationError as error:
         problems = _all_problems(data, error)
         raise ConfigError("\n".join(f"{source}: {line}" for line in problems)) from None
+    config._given = " ".join(["--config", source, *overrides])
+    return config
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -102,6 +102,7 @@ def artifact_logits(
     from llmkd.batches import padding_share, sorted_batches
     from llmkd.crossfit import text_examples
     from llmkd.models.artifact import load_artifact
+    from llmkd.models.load import check_budget
     from llmkd.train import predict
 
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
@@ -109,6 +110,7 @@ def artifact_logits(
     model, tokenizer = load_artifact(
         path, device=device, dtype=torch.float32 if precision == "fp32" else None
     )
+    check_budget(model.config, str(path), int(text["max_tokens"]))
     examples = text_examples(table, tokenizer, kind, **text)
     rows = np.arange(len(table))
     began = time.perf_counter()

@@ -19,7 +19,7 @@ from llmkd.errors import DataError
 from llmkd.sources import arena_numbers, read
 from llmkd.tasks import KINDS, preference
 
-__all__ = ["arena_numbers", "canonical", "prepare", "read"]
+__all__ = ["arena_numbers", "canonical", "held_out", "prepare", "read"]
 
 
 def prepare(
@@ -62,6 +62,13 @@ def prepare(
         tables = [pa.concat_tables([table, _swapped(table, kind)]) for table in tables]
     rows = pa.concat_tables(tables, promote_options="default")
     return rows, {**report, **_counts(rows, KINDS[kind].FIELDS)}
+
+
+def held_out(table: pa.Table, kind: str, extra: Sequence[str] = ()) -> pa.Table | None:
+    """The test rows of a prepared table as `canonical` gave them, so that other rows can be held against
+    them; None where there are none."""
+    rows = table.filter(pc.and_(pc.equal(table["part"], "test"), pc.invert(table["swapped"])))
+    return rows.select(["id", "part", "label", *KINDS[kind].FIELDS, *extra]) if rows.num_rows else None
 
 
 def _check_ids(parts: Sequence[pa.Table]) -> None:

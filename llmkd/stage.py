@@ -78,7 +78,7 @@ def say(text: str) -> None:
 
 def command(config: Config, stage: str) -> str:
     """The remedy for a missing input: the command that makes it."""
-    return f"run: python stages/{stage}.py --config ... (run: {config.run})"
+    return f"run: python stages/{stage}.py {config.given}"
 
 
 def rows_directory(config: Config) -> Path:
@@ -101,6 +101,11 @@ def pretrain_settings(config: Config, model: Model) -> dict[str, Any]:
     settings = {key: model_settings(model)[key] for key in ("model", "init", "pad_token")}
     settings["phases"] = [science(phase) for phase in phases(config, model)]
     settings["task"] = {key: science(config.task)[key] for key in ("kind", "swap")}
+    settings["task"] |= {
+        "labels": config.task.labels,
+        "leaks": config.task.leaks,
+        "group": config.folds.group,
+    }
     return {**settings, "text": text_settings(config, model), "seed": config.seed}
 
 
@@ -164,7 +169,7 @@ def load_model(
     """A sequence classifier, with its adapter where it has one, on its device; and its tokenizer."""
     import torch
 
-    from llmkd.models.load import load_classifier, load_tokenizer
+    from llmkd.models.load import check_budget, load_classifier, load_tokenizer
     from llmkd.models.lora import add_lora
 
     gc.collect()  # the model before this one, where there was one: its trainer holds it in a cycle
@@ -177,6 +182,7 @@ def load_model(
         attention=model.attention,
         seed=config.seed,
     )
+    check_budget(network.config, source, model.max_tokens or config.task.max_tokens)
     if model.lora:
         network = add_lora(network, **model.lora.model_dump())
     if torch.cuda.is_available() and model.load_in not in ("nf4", "int8"):

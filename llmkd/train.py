@@ -17,6 +17,7 @@ from accelerate.utils import DeepSpeedPlugin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.trainer_utils import set_seed
@@ -48,7 +49,7 @@ def arguments(
 ) -> TrainingArguments:
     """The Trainer's arguments. Under ZeRO-3 they must exist before a model is loaded, to shard it."""
     forget_sharding()
-    return TrainingArguments(
+    training = TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=epochs,
         learning_rate=learning_rate,
@@ -72,6 +73,9 @@ def arguments(
         save_strategy="no",
         report_to=[],
     )
+    # one process trains on one device; a node's other GPUs are for torchrun and deepspeed, not DataParallel
+    training._n_gpu = min(training.n_gpu, 1)
+    return training
 
 
 def forget_sharding() -> None:
@@ -252,8 +256,9 @@ def predict(
     mine = (batches + batches[-1:] * fill)[ranks.rank() :: ranks.world()]
     device = next(model.parameters()).device
     found: dict[int, NDArray[np.float32]] = {}
+    bar = tqdm(mine, "logits", delay=5, leave=False, disable=not ranks.is_main())
     with _inference(model), autocast(precision, device):
-        for batch in mine:
+        for batch in bar:
             inputs = {name: tensor.to(device) for name, tensor in examples.inputs(batch).items()}
             logits = class_logits(model, **inputs).cpu().numpy()
             found.update(zip(batch.tolist(), logits, strict=True))

@@ -22,7 +22,8 @@ def make(config: Config, model: Model) -> None:
     directory = Path(config.run) / PRETRAIN / model.name
     settings = pretrain_settings(config, model)
     inputs = {f"data {i}": run.source_digest(phase.data) for i, phase in enumerate(phases(config, model))}
-    if model.init:  # its tokenizer is trained on the rows
+    supervised = any(phase.objective == "supervised" for phase in phases(config, model))
+    if model.init or supervised:  # a tokenizer is trained on the rows; other rows are held against test rows
         inputs["00_prepare"] = prepared(config)[2]
     if run.stands(directory, run.fingerprint(PRETRAIN, settings, inputs)):
         return say(f"{directory}: done")
@@ -111,25 +112,37 @@ def causal_examples(config: Config, model: Model, phase: Pretrain, tokenizer: An
 
 
 def supervised_examples(config: Config, model: Model, phase: Pretrain, tokenizer: Any) -> Any:
+    import pyarrow as pa
+
     from llmkd import crossfit, rows
 
     task = config.task
+    ours, labels, _ = prepared(config)
     table, _ = rows.canonical(
         rows.read(phase.data, seed=config.seed).slice(0, phase.rows),
         part="train",
         kind=task.kind,
         columns=phase.columns,
         label=phase.label,
-        labels=prepared(config)[1],
+        labels=labels,
         label_values=phase.label_values,
         id_column=None,
         extra=task.extra,
         turns="text",
         empty="drop",
     )
-    table, _ = rows.prepare(
-        table, None, kind=task.kind, swap=task.swap, group=None, folds=1, seed=config.seed, leaks="report"
+    table, report = rows.prepare(
+        table,
+        rows.held_out(ours, task.kind, task.extra),
+        kind=task.kind,
+        swap=task.swap,
+        group=config.folds.group,
+        folds=1,
+        seed=config.seed,
+        leaks=task.leaks,
     )
+    say(f"{phase.data}: shared with the test rows {report['leaks']}")
+    table = table.filter(pa.array([part == "train" for part in table["part"].to_pylist()]))
     text = text_settings(config, model)
     text["max_tokens"] = phase.max_tokens or text["max_tokens"]
     return crossfit.text_examples(table, tokenizer, task.kind, **text)

@@ -13,7 +13,14 @@ import torch
 from llmkd.errors import ModelError
 from llmkd.merge import merge_folds
 from llmkd.methods.cached import Cached
-from llmkd.models.load import init_model, load_causal_lm, load_classifier, load_tokenizer, train_tokenizer
+from llmkd.models.load import (
+    check_budget,
+    init_model,
+    load_causal_lm,
+    load_classifier,
+    load_tokenizer,
+    train_tokenizer,
+)
 from llmkd.models.lora import add_lora, load_trainable, save_trained, trainable, trainable_state
 from llmkd.objective import HARD
 from llmkd.train import fit, predict
@@ -176,6 +183,7 @@ def test_a_tiny_config_becomes_a_model_beside_its_tokenizer(causal: bool, tmp_pa
         ("llama", {"hidden_size": "wide"}),
         ("llama", {"hidden_size": 33, "num_attention_heads": 2}),
         ("llama", {"hidden_act": "gelly"}),
+        ("llama", {"hiden_size": 32}),
     ],
 )
 def test_a_tiny_config_that_cannot_be_is_refused(
@@ -187,12 +195,36 @@ def test_a_tiny_config_that_cannot_be_is_refused(
         )
 
 
-def test_an_encoder_is_no_causal_lm(tmp_path: Path) -> None:
-    from transformers import AutoConfig, AutoModelForMaskedLM
+@pytest.mark.parametrize("auto", ["AutoModelForMaskedLM", "AutoModel"])
+def test_an_encoder_is_no_causal_lm(auto: str, tmp_path: Path) -> None:
+    """Saved without a head, BERT would load as a causal LM that sees the tokens to come."""
+    import transformers
 
-    AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **tiny.SIZES)).save_pretrained(tmp_path)
+    config = transformers.AutoConfig.for_model("bert", **tiny.SIZES)
+    getattr(transformers, auto).from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="is an encoder; pretrain it with objective: supervised"):
         load_causal_lm(str(tmp_path), load_in="fp32")
+    with pytest.raises(ModelError, match="is an encoder; pretrain it with objective: supervised"):
+        init_model("bert", {}, tiny.tokenizer(), tmp_path, labels=tiny.LABELS, causal=True, seed=0)
+
+
+def test_a_backbone_that_did_not_load_is_refused(tmp_path: Path) -> None:
+    """transformers fills missing weights with random ones and goes on."""
+    from safetensors.torch import load_file, save_file
+
+    tiny.classifier("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    renamed = {name.replace("model.", "encoder."): tensor for name, tensor in weights.items()}
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"11 backbone weights are missing, first model\.embed_tokens"):
+        load(tmp_path)
+
+
+def test_a_budget_beyond_the_positions_is_refused() -> None:
+    config = tiny.classifier("bert").config
+    check_budget(config, "m", 64)
+    with pytest.raises(ModelError, match="m: max_tokens 65 is beyond its 64 positions"):
+        check_budget(config, "m", 65)
 
 
 def test_a_trained_tokenizer_has_its_own_special_tokens_and_loses_no_byte() -> None:

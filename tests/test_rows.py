@@ -343,3 +343,21 @@ def test_the_report_counts_and_is_json() -> None:
     }
     assert train["words"]["prompt"]["p50"] <= train["words"]["prompt"]["max"] < 30
     assert report["rows"] == 2 * (train["rows"] + report["parts"]["test"]["rows"])
+
+
+def test_held_out_rows_are_the_test_part_as_given() -> None:
+    test = pa.table({"prompt": ["P0"], "response_a": ["x"], "response_b": ["y"], "label": [2]})
+    table, _ = prepared(pairs(), test, leaks="report")
+    found = rows.held_out(table, "preference", ())
+    assert found.to_pylist() == [
+        {
+            "id": "test-0000000",
+            "part": "test",
+            "label": 2,
+            "prompt": "P0",
+            "response_a": "x",
+            "response_b": "y",
+        }
+    ]
+    other, _ = prepared(pairs(prompt=["p0", "q", "r", "s", "t", "u"]), None)
+    assert rows.held_out(other, "preference", ()) is None

@@ -59,9 +59,10 @@ def load_classifier(
     set_seed(seed)
     names = dict(enumerate(labels))
     with _sharded_as(load_in):
-        model = _from_hub(
+        model, loading = _from_hub(
             AutoModelForSequenceClassification,
             source,
+            output_loading_info=True,
             num_labels=len(labels),
             id2label=names,
             label2id={name: i for i, name in names.items()},
@@ -69,6 +70,7 @@ def load_classifier(
             **_weights(load_in),
             **({"attn_implementation": attention} if attention else {}),
         )
+    _check_backbone(source, model.base_model_prefix, loading["missing_keys"])
     model.config.get_text_config().pad_token_id = pad_id
     for name in HEADS:
         if hasattr(model, name):
@@ -80,11 +82,7 @@ def load_causal_lm(source: str, *, load_in: str, attention: str | None = None) -
     """A decoder with its language-modelling head."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    architectures = getattr(_from_hub(AutoConfig, source), "architectures", None) or [""]
-    if "Masked" in architectures[0]:
-        raise ModelError(
-            f"{source}: {architectures[0]} is an encoder; pretrain it with objective: supervised"
-        )
+    _refuse_encoder(_from_hub(AutoConfig, source), source)
     more = {"attn_implementation": attention} if attention else {}
     with _sharded_as(load_in):
         return _from_hub(AutoModelForCausalLM, source, **_weights(load_in), **more)
@@ -137,6 +135,34 @@ def _from_hub(auto: Any, source: str, **arguments: Any) -> Any:
         raise ModelError(f"{source}: {kind} cannot load it: {reason}") from error
 
 
+def _check_backbone(source: str, prefix: str, missing: Iterable[str]) -> None:
+    """A head, and an encoder's pooler, may be new; any other weight that is missing would be random."""
+    lost = sorted(name for name in missing if name.startswith(f"{prefix}.") and ".pooler." not in name)
+    if lost:
+        raise ModelError(
+            f"{source}: {len(lost)} backbone weights are missing, first {lost[0]}; not this architecture"
+        )
+
+
+def _refuse_encoder(config: PreTrainedConfig, source: str) -> None:
+    """transformers loads BERT and its kin as causal LMs that see the tokens to come, without a word."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        raise ModelError(
+            f"{source}: {config.model_type} is an encoder; pretrain it with objective: supervised"
+        )
+
+
+def check_budget(config: PreTrainedConfig, source: str, max_tokens: int) -> None:
+    """Raise ModelError where rows may be longer than the model has positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and max_tokens > positions:
+        raise ModelError(
+            f"{source}: max_tokens {max_tokens} is beyond its {positions} positions; lower max_tokens"
+        )
+
+
 def _check_pad(config: PreTrainedConfig, source: str, pad_id: int) -> None:
     known = config.get_text_config().vocab_size
     if pad_id >= known:
@@ -164,7 +190,12 @@ def init_model(
         "eos_token_id": tokenizer.eos_token_id,
     }
     try:
+        unknown = sorted(set(settings) - set(AutoConfig.for_model(architecture).to_dict()))
+        if unknown:
+            raise ValueError(f"{architecture} has no setting {unknown[0]!r}")
         config = AutoConfig.for_model(architecture, **{**special, **settings})
+        if causal:
+            _refuse_encoder(config, f"init: {architecture}")
         config.num_labels = len(labels)
         set_seed(seed)
         auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
