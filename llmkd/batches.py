@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Rows = NDArray[np.int64]  # row numbers
 POOL = 8192  # rows sorted together: enough for equal lengths, few enough to vary who meets whom
+WASTE = 0.02  # of an inference batch's tokens may be padding ...
+ENOUGH = 1024  # ... once it has this many: smaller batches waste more in overhead than padding costs
 BUCKETS_A_STEP = 4  # a step mixes at least this many lengths, as length and label are not independent
 
 
@@ -84,25 +86,28 @@ def token_examples(
     return Examples(ids, lengths, labels, weights, inputs)
 
 
-def cut(rows: Rows, lengths: NDArray[np.int64], max_tokens: int) -> list[Rows]:
+def cut(rows: Rows, lengths: NDArray[np.int64], max_tokens: int, waste: float = 1.0) -> list[Rows]:
     """Consecutive rows into micro-batches of at most max_tokens padded tokens.
 
-    A row longer than the budget stands alone.
+    A micro-batch of ENOUGH tokens also ends where more than `waste` of it would be padding. A row longer
+    than the budget stands alone.
     """
-    batches, begin, longest = [], 0, 0
+    batches, begin, longest, real = [], 0, 0, 0
     for end in range(len(rows)):
-        longest = max(longest, int(lengths[rows[end]]))
-        count = end - begin + 1
-        if count > 1 and longest * count > max_tokens:
+        length = int(lengths[rows[end]])
+        longest, real = max(longest, length), real + length
+        computed = longest * (end - begin + 1)
+        wasteful = computed > ENOUGH and real < (1 - waste) * computed
+        if end > begin and (computed > max_tokens or wasteful):
             batches.append(rows[begin:end])
-            begin, longest = end, int(lengths[rows[end]])
+            begin, longest, real = end, length, length
     return [*batches, rows[begin:]] if len(rows) else []
 
 
 def sorted_batches(rows: Rows, lengths: NDArray[np.int64], max_tokens: int) -> list[Rows]:
     """For inference: the longest first, so that a budget too large for memory fails at once."""
     order = rows[np.argsort(-lengths[rows], kind="stable")]
-    return cut(order, lengths, max_tokens)
+    return cut(order, lengths, max_tokens, WASTE)
 
 
 def epoch_steps(

@@ -243,3 +243,13 @@ def test_batch_joins_labels_and_teachers_by_row() -> None:
     np.testing.assert_array_equal(found["batch"]["teacher_logits"].numpy(), examples.teacher_logits[[4, 1]])
     assert found["weight"].tolist() == [0.5 * examples.weights[4], 0.0]
     assert examples.weights.min() > 0, "a filler's weight is cleared in the batch alone"
+
+
+@pytest.mark.parametrize("count", [1500, 8000])
+def test_inference_over_few_rows_and_a_large_budget_pads_little_too(count: int) -> None:
+    """Sorted rows alone are not enough: a budget that holds half the set would span most lengths."""
+    lengths = np.random.default_rng(5).lognormal(5.0, 0.8, count).astype(np.int64) + 8
+    found = sorted_batches(np.arange(count), lengths, 16384)
+    assert padding_share(found, lengths) <= 0.02
+    assert sorted(np.concatenate(found).tolist()) == list(range(count))
+    assert padding_share(cut(np.argsort(-lengths), lengths, 16384), lengths) > 0.02 or count > 1500
