@@ -22,6 +22,7 @@ from pydantic import (
 
 from llmkd.errors import ConfigError
 from llmkd.losses import LOSSES
+from llmkd.tasks import KINDS
 
 
 def _safe_name(name: str) -> str:
@@ -52,10 +53,6 @@ Name = Annotated[str, AfterValidator(_safe_name)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 File = Annotated[str, AfterValidator(_existing_file)]
 # Fields about the machine, not the science: they never enter a fingerprint, so a run may change machines.
-FIELDS = {
-    "preference": ("prompt", "response_a", "response_b"),
-    "classification": ("text",),
-}  # as in llmkd.tasks
 MACHINE: dict[str, JsonValue] = {"machine": True}
 
 
@@ -295,7 +292,7 @@ def _crosschecks(config: Config) -> Iterator[str]:
         yield "task.labels: name the classes in order, e.g. [negative, positive]"
     if config.task.labels and len(set(config.task.labels)) < len(config.task.labels):
         yield f"task.labels = {config.task.labels}: names must differ"
-    fields = [*FIELDS[config.task.kind], *config.task.extra]
+    fields = [*KINDS[config.task.kind].FIELDS, *config.task.extra]
     for key in ("columns", "max_words"):
         for name in sorted(set(getattr(config.task, key) or ()) - set(fields)):
             yield f"task.{key}.{name}: no such field; there are {fields}"
@@ -336,7 +333,8 @@ def _all_problems(data: dict[str, Any], error: ValidationError) -> list[str]:
     found, left = list(_problems(error)), copy.deepcopy(data)
     if [problem["loc"] for problem in error.errors()] == [()]:
         return found
-    if all([_removed(left, problem["loc"]) for problem in error.errors()]):  # noqa: C419 (remove each)
+    removed = [_removed(left, problem["loc"]) for problem in error.errors()]
+    if all(removed):
         try:
             Config.model_validate(left)
         except ValidationError as more:

@@ -60,7 +60,7 @@ def _import_quietly() -> None:
 @contextmanager
 def _quiet_run() -> Iterator[None]:
     from optimum.gptq import quantizer
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.auto import tqdm
 
     quantizer.tqdm = partial(tqdm, disable=None)  # a bar on a terminal, nothing in a log file
     try:

@@ -36,7 +36,7 @@ def main(body: Callable[[Config, argparse.Namespace], None], description: str, *
         config, arguments = parse(description, flags)
         body(config, arguments)
     except LlmkdError as error:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
 
         # on lines of its own, also where a progress bar stands
         tqdm.write("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)

@@ -40,8 +40,10 @@ def judge_run(config: Config, settings: dict[str, Any]) -> None:
 
 def judge_other(config: Config, artifact: Path, settings: dict[str, Any]) -> None:
     """Any Hugging Face classifier directory, on this run's test rows."""
-    directory = Path(config.run) / f"{EVALUATE}-{artifact.resolve().name}"
-    inputs = {"00_prepare": prepared(config)[2], "artifact": run.source_digest(f"{artifact}/*")}
+    digest = run.source_digest(f"{artifact}/*")
+    # most artifacts' folders are called `model`: the digest keeps one's result from replacing another's
+    directory = Path(config.run) / f"{EVALUATE}-{artifact.resolve().name}-{digest[:8]}"
+    inputs = {"00_prepare": prepared(config)[2], "artifact": digest}
     if run.stands(directory, run.fingerprint(EVALUATE, settings, inputs)):
         return say(f"{directory}: done")
     ranks.start()

@@ -117,6 +117,18 @@ def test_the_artifact_holds_no_calibration_text(finished: Path) -> None:
     assert "dataset" not in config["quantization_config"]
 
 
+def test_artifacts_of_one_name_are_judged_each_for_itself(copy: Path) -> None:
+    own = (copy / "06_evaluate" / "metrics.json").read_bytes()
+    models = [copy / "04_merge" / "model", copy / "05_quantize" / "model"]
+    assert tiny.stage("06_evaluate", f"run={copy}", *(f"--artifact={model}" for model in models)) == 0
+    found = [json.loads((path / "metrics.json").read_text()) for path in copy.glob("06_evaluate-model-*")]
+    whole = json.loads(own)
+    losses = {metrics["artifact"]["log_loss"] for metrics in found}
+    assert losses == {whole["merged"]["log_loss"], whole["quantized"]["log_loss"]}
+    assert len(found) == 2
+    assert (copy / "06_evaluate" / "metrics.json").read_bytes() == own
+
+
 def test_no_file_names_this_machine(finished: Path) -> None:
     for path in (path for path in finished.rglob("*") if path.is_file()):
         assert str(finished).encode() not in path.read_bytes(), path
