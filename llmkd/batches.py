@@ -7,8 +7,8 @@ step, and the order of the steps, stays random.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +32,9 @@ class Examples:
 
     lengths (N,) int64 tokens of a row; weights (N,) a row's share of a step's mean (1 for a
     classifier, its target tokens for a language model); labels (N,) int64, -1 = none;
-    teacher_logits (N, T, C) float32 or None; inputs: row numbers -> the model's keyword arguments.
+    teacher_logits (N, T, C) float32 or None; inputs: row numbers -> the model's keyword arguments;
+    beside: the same for further models that see the batch (an online teacher, a peer), by name;
+    augment: changes a training batch's inputs, never those of inference.
     """
 
     ids: Sequence[str]
@@ -41,6 +43,8 @@ class Examples:
     weights: NDArray[np.float64]
     inputs: Callable[[Rows], dict[str, Tensor]]
     teacher_logits: NDArray[np.float32] | None = None
+    beside: Mapping[str, Callable[[Rows], dict[str, Tensor]]] = field(default_factory=dict)
+    augment: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def with_teachers(self, logits: NDArray[np.float32]) -> Examples:
         return replace(self, teacher_logits=logits)
@@ -51,7 +55,12 @@ class Examples:
 
         weight = torch.from_numpy(self.weights[rows]).float()  # (B,)
         weight[real:] = 0
-        batch: dict[str, Any] = {"inputs": self.inputs(rows), "labels": torch.from_numpy(self.labels[rows])}
+        inputs = self.inputs(rows)
+        if self.augment is not None:
+            inputs = self.augment(inputs)
+        batch: dict[str, Any] = {"inputs": inputs, "labels": torch.from_numpy(self.labels[rows])}
+        if self.beside:
+            batch["beside"] = {name: of(rows) for name, of in self.beside.items()}
         if self.teacher_logits is not None:
             batch["teacher_logits"] = torch.from_numpy(self.teacher_logits[rows])  # (B, T, C)
         return {"batch": batch, "weight": weight * scale, "rows": rows}

@@ -52,7 +52,7 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     model.eval()
-    return class_logits(model, IDS, MASK)
+    return class_logits(model, input_ids=IDS, attention_mask=MASK)
 
 
 def shake(model: nn.Module) -> None:

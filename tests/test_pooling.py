@@ -48,17 +48,19 @@ def classifier(architecture: str, dtype: torch.dtype = torch.float32) -> nn.Modu
     return model
 
 
-def padded(rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+def padded(rows: list[list[int]], side: str) -> dict[str, Tensor]:
     longest = max(map(len, rows))
     ids, mask = torch.full((len(rows), longest), EOS), torch.zeros(len(rows), longest, dtype=torch.long)
     for i, row in enumerate(rows):
         place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
         ids[i, place], mask[i, place] = torch.tensor(row), 1
-    return ids, mask
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def alone(model: nn.Module, row: list[int]) -> Tensor:
-    return class_logits(model, torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long))[0]
+    return class_logits(
+        model, input_ids=torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long)
+    )[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float])
@@ -74,7 +76,7 @@ def test_last_real_token(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_a_padded_row_has_the_logits_it_has_alone(architecture: str, side: str) -> None:
     model = classifier(architecture)
-    found = class_logits(model, *padded(ROWS, side))
+    found = class_logits(model, **padded(ROWS, side))
     expected = torch.stack([alone(model, row) for row in ROWS])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     assert found.std(0).min() > 0.05, "the rows must differ for this to show anything"
@@ -93,9 +95,9 @@ def test_a_single_row_has_the_librarys_own_logits(architecture: str) -> None:
 @torch.no_grad()
 def test_a_fresh_adapter_changes_no_logit(architecture: str) -> None:
     model = classifier(architecture)
-    before = class_logits(model, *padded(ROWS, "right"))
+    before = class_logits(model, **padded(ROWS, "right"))
     torch.testing.assert_close(
-        class_logits(add_lora(model, r=2, alpha=4).eval(), *padded(ROWS, "right")), before
+        class_logits(add_lora(model, r=2, alpha=4).eval(), **padded(ROWS, "right")), before
     )
 
 
@@ -105,10 +107,10 @@ def test_a_float32_head_over_a_bf16_backbone(architecture: str, precision: str) 
     """As `load_in: bf16` leaves it, with autocast and without."""
     model = add_lora(classifier(architecture, torch.bfloat16), r=2, alpha=4)
     with autocast(precision, "cpu"):
-        found = class_logits(model, *padded(ROWS, "right"))
+        found = class_logits(model, **padded(ROWS, "right"))
     assert found.dtype == torch.float32
     found.sum().backward()
-    expected = class_logits(classifier(architecture), *padded(ROWS, "right"))
+    expected = class_logits(classifier(architecture), **padded(ROWS, "right"))
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
 
 

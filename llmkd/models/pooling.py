@@ -19,18 +19,19 @@ def last_real_token(attention_mask: Tensor) -> Tensor:
     return (attention_mask * positions).argmax(-1)
 
 
-def class_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Raw float32 logits (B, C) of any sequence classifier, wrapped by PEFT or not.
+def class_logits(model: nn.Module, **inputs: Tensor) -> Tensor:
+    """Raw float32 logits (B, C) of any classifier, wrapped by PEFT or not, from its own inputs.
 
     A decoder's head (`score`) is applied to the last real token's hidden state alone.
     """
     outer: Any = model
     inner = outer.get_base_model() if hasattr(model, "get_base_model") else outer
     head = getattr(inner, "score", None)
-    if head is None:  # encoders pool in their own ways
-        return inner(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+    if head is None:  # encoders, and nets over numbers or pixels, pool in their own ways
+        return inner(**inputs).logits.float()
+    attention_mask = inputs["attention_mask"]  # (B, L)
     backbone = getattr(inner, inner.base_model_prefix)
-    hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    hidden = backbone(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
     rows = torch.arange(len(hidden), device=hidden.device)
     pooled = hidden[rows, last_real_token(attention_mask)]  # (B, H)
     # a head kept in float32 over a bf16 backbone; under autocast the cast is without effect
