@@ -126,7 +126,8 @@ def epoch_steps(
     micro-batches. Which rows share a step depends on no machine: not on ranks, nor on max_tokens."""
     random = np.random.default_rng([seed, epoch])
     shuffled = random.permutation(rows)
-    most = max(1, -(-step_rows // BUCKETS_A_STEP))
+    alike = len(rows) and lengths[rows].min() == lengths[rows].max()
+    most = step_rows if alike else max(1, -(-step_rows // BUCKETS_A_STEP))
     pieces: list[Rows] = []
     for begin in range(0, len(shuffled), POOL):
         pool = shuffled[begin : begin + POOL]

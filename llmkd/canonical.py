@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmkd.errors import DataError
-from llmkd.tasks import KINDS
+from llmkd.tasks import KINDS, content
 
 SWAPPED = "#swapped"
 OWN_COLUMNS = ("id", "stem", "swapped", "group", "part", "fold", "label", "bayes")
-Part = Literal["train", "test"]
+Part = Literal["train", "test", "transfer"]
 Texts: TypeAlias = pa.Array | pa.ChunkedArray
 
 
@@ -34,32 +34,44 @@ def canonical(
     extra: Sequence[str] = (),
     turns: Literal["text", "json"] = "text",
     empty: Literal["error", "drop"] = "error",
+    features: Mapping[str, Any] | None = None,
+    image: Mapping[str, Any] | None = None,
 ) -> tuple[pa.Table, dict[str, Any]]:
     """One part's rows as id, part, label, the kind's fields, `extra` (and bayes where the source has it).
 
     `columns` maps a field to its column in the source, identity where absent. `label` is a column of ints
     (-1 = unknown) or of names, a list of one-hot columns in the order of `labels`, or None for unlabelled
-    rows; `label_values` maps the source's values to class numbers. With `turns` json, a field is a JSON list
-    of turns. `empty` drop leaves out rows whose texts are empty instead of refusing them.
+    rows; `label_values` maps the source's values to class numbers. Rows of the part transfer are unlabelled
+    whatever they carry. With `turns` json, a field is a JSON list of turns. `empty` drop leaves out rows
+    whose content is empty instead of refusing them. `features` (numeric, categorical, steps) and
+    `image` (column, shape) name the columns of the kinds that have no texts; these keep their names.
     The second result counts rows and dropped rows. Every problem found is in one DataError.
     """
-    task = KINDS[kind]
+    task, label = KINDS[kind], None if part == "transfer" else label
     named = {field: (columns or {}).get(field, field) for field in (*task.FIELDS, *extra)}
+    settings = features if kind == "tabular" else image
+    plain = () if task.FIELDS else content(kind, settings)
+    _check_columns(table, _wanted(task.FIELDS, named, plain, kind, label, id_column))
     problems: list[str] = []
-    _check_columns(table, named, label, id_column, extra, (*task.FIELDS, *task.COMPUTED), problems)
+    _check_names(plain, extra, (*task.FIELDS, *task.COMPUTED), problems)
     texts = {
         field: _texts(table[named[field]], field, turns if field in task.FIELDS else "text", problems)
         for field in named
     }
+    data = texts if task.FIELDS else task.read(table, settings, problems)
     numbers = _labels(table, label, labels, label_values, problems)
     ids = _ids(table, part, id_column, problems)
-    blank = _blank(texts, kind, table.num_rows)
+    blank = _blank(texts, kind, table.num_rows) if task.FIELDS else task.blank(data)
     if empty == "error" and blank.any():
-        first = int(blank.argmax())
-        names = " and ".join(name for name in task.FIELDS if not texts[name][first].as_py().strip())
-        problems.append(f"{blank.sum()} rows lack a text, first row {first} ({names}): fill or drop them")
+        problems.append(_emptiness(texts, kind, blank))
     _raise(part, problems)
-    data = {"id": ids, "part": pa.array([part] * table.num_rows, pa.string()), "label": numbers, **texts}
+    data = {
+        "id": ids,
+        "part": pa.array([part] * table.num_rows, pa.string()),
+        "label": numbers,
+        **data,
+        **texts,
+    }
     if "bayes" in table.column_names and "bayes" not in texts:
         data["bayes"] = table["bayes"].cast(pa.list_(pa.float32()))
     rows = pa.table(data).filter(pa.array(~blank))
@@ -68,25 +80,39 @@ def canonical(
     return rows, {"rows": rows.num_rows, "dropped_empty": int(blank.sum())}
 
 
-def _check_columns(
-    table: pa.Table,
+def _wanted(
+    fields: Sequence[str],
     named: Mapping[str, str],
+    plain: Sequence[str],
+    kind: str,
     label: str | Sequence[str] | None,
     id_column: str | None,
-    extra: Sequence[str],
-    fields: Sequence[str],
-    problems: list[str],
-) -> None:
+) -> dict[str, str]:
+    """Every column that the source must have -> the key of the config that names it."""
+    wanted = dict.fromkeys(plain, "task.features" if kind == "tabular" else "task.image.column")
+    for field, column in named.items():
+        own = field in fields or column != field
+        wanted[column] = f"task.columns.{field}" if own else "task.extra"
+    wanted |= dict.fromkeys([label] if isinstance(label, str) else label or (), "task.label")
+    return wanted | ({id_column: "task.id"} if id_column else {})
+
+
+def _check_columns(table: pa.Table, wanted: Mapping[str, str]) -> None:
     """Columns that are not there end the check: nothing else can be said without them."""
-    label_columns = [label] if isinstance(label, str) else list(label or ())
-    wanted = [*named.values(), *label_columns, *([id_column] if id_column else [])]
-    missing = [name for name in dict.fromkeys(wanted) if name not in table.column_names]
+    missing = [f"{name!r} (correct {key})" for name, key in wanted.items() if name not in table.column_names]
     if missing:
-        has = ", ".join(table.column_names)
-        raise DataError(f"no column {', '.join(map(repr, missing))}: there are {has}: map it in task.columns")
-    taken = [name for name in extra if name in (*OWN_COLUMNS, *fields)]
+        raise DataError(f"no column {', '.join(missing)}: there are {', '.join(table.column_names)}")
+
+
+def _check_names(
+    plain: Sequence[str], extra: Sequence[str], fields: Sequence[str], problems: list[str]
+) -> None:
+    taken = [name for name in extra if name in (*OWN_COLUMNS, *fields, *plain)]
     if taken:
         problems.append(f"extra column {taken[0]!r} has a name that is taken: rename it with task.columns")
+    clash = [name for name in plain if name in OWN_COLUMNS]
+    if clash:
+        problems.append(f"column {clash[0]!r} has a name that is taken: rename it in the source")
 
 
 def _texts(column: pa.ChunkedArray, field: str, turns: str, problems: list[str]) -> pa.ChunkedArray:
@@ -215,9 +241,14 @@ def _among(table: pa.Table, values: list[str]) -> npt.NDArray[np.bool_]:
     return np.stack(found, axis=1)
 
 
+def numbered(part: str, count: int) -> list[str]:
+    """Ids of the rows of a part that has none of its own."""
+    return [f"{part}-{row:07d}" for row in range(count)]
+
+
 def _ids(table: pa.Table, part: str, id_column: str | None, problems: list[str]) -> Texts:
     if id_column is None:
-        return pa.array([f"{part}-{row:07d}" for row in range(table.num_rows)], pa.string())
+        return pa.array(numbered(part, table.num_rows), pa.string())
     ids = table[id_column].cast(pa.string())
     counts = pc.value_counts(ids)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
@@ -240,6 +271,14 @@ def _blank(texts: Mapping[str, pa.ChunkedArray], kind: str, count: int) -> npt.N
         empty = [pc.equal(pc.utf8_trim_whitespace(texts[field]), "").to_numpy() for field in alternatives]
         without |= np.all(empty, axis=0)
     return without
+
+
+def _emptiness(texts: Mapping[str, pa.ChunkedArray], kind: str, blank: npt.NDArray[np.bool_]) -> str:
+    first = int(blank.argmax())
+    if not KINDS[kind].FIELDS:
+        return f"{blank.sum()} rows have no {KINDS[kind].WHOLE}, first row {first}: fill or drop them"
+    names = " and ".join(name for name in KINDS[kind].FIELDS if not texts[name][first].as_py().strip())
+    return f"{blank.sum()} rows lack a text, first row {first} ({names}): fill or drop them"
 
 
 def _raise(part: str, problems: Sequence[str]) -> None:

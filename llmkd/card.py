@@ -15,13 +15,19 @@ from transformers import pipeline
 classify = pipeline("text-classification", model="{name}", top_k=None)
 print(classify("{example}"))
 ```"""
+WRITING = """```python
+from transformers import pipeline
+
+write = pipeline("text-generation", model="{name}")
+print(write("{example}"))
+```"""
 PACKED = """Packed GPTQ weights need `pip install optimum gptqmodel` in transformers. On a CPU, without them
 and at the speed of a float model:
 
 ```python
 from llmkd.models.artifact import load_artifact
 
-model, tokenizer = load_artifact("{name}")
+model, tokenizer = load_artifact("{name}"{causal})
 ```"""
 
 
@@ -35,6 +41,7 @@ def write_card(
     limits: Sequence[str] = (),
     base_model: str | None = None,
     bits: int | None = None,
+    causal: bool = False,
 ) -> Path:
     """Write `path`/README.md and return it.
 
@@ -48,13 +55,15 @@ def write_card(
         base_model: what the student was trained from; named only if it reads as a hub id, since a local
             path would mean nothing elsewhere.
         bits: of the packed weights; None for a float model.
+        causal: whether it is a language model, and no classifier.
     """
     parts = [
-        _metadata(base_model, bits),
+        _metadata(base_model, bits, causal),
         f"# {title}",
-        about or "A sequence classifier, distilled from larger teachers.",
+        about
+        or f"A {'language model' if causal else 'sequence classifier'}, distilled from larger teachers.",
         _section("How it was made", _lines(facts)),
-        _section("How to load it", _loading(title, bits)),
+        _section("How to load it", _loading(title, bits, causal)),
         _section("Scores", _lines({name: f"{value:.4f}" for name, value in (scores or {}).items()})),
         _section("Limits", "\n".join(f"- {limit}" for limit in limits)),
     ]
@@ -63,9 +72,10 @@ def write_card(
     return card
 
 
-def _metadata(base_model: str | None, bits: int | None) -> str:
+def _metadata(base_model: str | None, bits: int | None, causal: bool) -> str:
     tags = [*TAGS, *(["gptq", f"{bits}-bit"] if bits else [])]
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-classification"]
+    task = "text-generation" if causal else "text-classification"
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     if base_model and HUB_ID.fullmatch(base_model):
         lines.append(f"base_model: {json.dumps(base_model)}")
     return "\n".join([*lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---"])
@@ -83,7 +93,10 @@ def _figure(value: str | float | int) -> str:
     return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
-def _loading(title: str, bits: int | None) -> str:
+def _loading(title: str, bits: int | None, causal: bool) -> str:
     name = re.sub(r"[^\w.-]+", "-", title).strip("-").lower()
-    use = LOADING.format(name=name, example="the text, in the template the model was trained on")
-    return f"{use}\n\n{PACKED.format(name=name)}" if bits else use
+    use = (WRITING if causal else LOADING).format(
+        name=name, example="the text, in the template the model was trained on"
+    )
+    packed = PACKED.format(name=name, causal=", causal=True" if causal else "")
+    return f"{use}\n\n{packed}" if bits else use

@@ -23,3 +23,11 @@ class RunError(LlmkdError):
 
 class ModelError(LlmkdError):
     """A model, adapter, tokenizer or artifact cannot be used as asked."""
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C. No Exception, so that what mends or tells errors lets it pass."""
+
+    def __init__(self, signal: int, where: str = "finished work is kept") -> None:
+        super().__init__(where)
+        self.signal = signal

@@ -25,25 +25,22 @@ def folds(table: pa.Table, files: Sequence[Path], labels: Sequence[str]) -> dict
     ids = np.asarray(table["id"].to_pylist(), dtype=object)
     given = ~table["swapped"].to_numpy(zero_copy_only=False).astype(bool)
     truth = table["label"].to_numpy().astype(np.int64)
-    tests, rows_seen, held = [], [], []
+    rows = {"oof": [], "test": []}  # type: dict[str, list[Any]]
+    found = {"oof": [], "test": []}  # type: dict[str, list[Any]]
     for fold, file in enumerate(files):
-        views = view_rows(table, fold, len(files))
-        on_test = logits.read(file, "test", ids[views["test"]], labels=labels)
-        tests.append(softmax(on_test[given[views["test"]]]))
-        if len(files) > 1:
-            on_held = logits.read(file, "oof", ids[views["oof"]], labels=labels)
-            keep = given[views["oof"]]
-            rows_seen.append(views["oof"][keep])
-            held.append(softmax(on_held[keep]))
-    at = view_rows(table, 0, len(files))["test"]
-    at = at[given[at]]
-    found: dict[str, Any] = {
-        "test": mean_scores([scores(one, truth[at]) for one in tests]),
-        "test_ensemble": scores(np.mean(tests, axis=0), truth[at]),
+        for view in ("test", "oof") if len(files) > 1 else ("test",):
+            at = view_rows(table, fold, len(files))[view]
+            on_view = logits.read(file, view, ids[at], labels=labels)
+            rows[view].append(at[given[at]])
+            found[view].append(softmax(on_view[given[at]]))
+    at = rows["test"][0]
+    result: dict[str, Any] = {
+        "test": mean_scores([scores(one, truth[at]) for one in found["test"]]),
+        "test_ensemble": scores(np.mean(found["test"], axis=0), truth[at]),
     }
-    if held:
-        found["oof"] = scores(np.concatenate(held), truth[np.concatenate(rows_seen)])
-    return found
+    if found["oof"]:
+        result["oof"] = scores(np.concatenate(found["oof"]), truth[np.concatenate(rows["oof"])])
+    return result
 
 
 class TestRows:
@@ -90,13 +87,25 @@ class TestRows:
 def summary(metrics: Mapping[str, Any]) -> str:
     """metrics.json as a table for a person."""
     rows = {f"teacher {name}": found["test"] for name, found in metrics.get("teachers", {}).items()}
-    shown = ("baseline", "student", "merged", "quantized", "quantized_tta", "artifact", "artifact_tta")
+    rows |= {f"peer {name}": found["test"] for name, found in metrics.get("peers", {}).items()}
+    shown = (
+        "baseline",
+        "student",
+        "merged",
+        "merged_tta",
+        "quantized",
+        "quantized_tta",
+        "artifact",
+        "artifact_tta",
+    )
     rows |= {name: metrics[name] for name in shown if name in metrics}
+    rows |= {f"output {name}": found for name, found in metrics.get("outputs", {}).items()}
+    further = [name for name in ("auc", "amex") if any(name in row for row in rows.values())]
     lines = [f"{'test rows':24}{'log loss':>10}{'accuracy':>10}{'ece':>8}{'rows':>8}"]
+    lines[0] += "".join(f"{name:>10}" for name in further)
     for name, row in rows.items():
-        lines.append(
-            f"{name:24}{row['log_loss']:10.4f}{row['accuracy']:10.4f}{row['ece']:8.4f}{row['rows']:8}"
-        )
+        line = f"{name:24}{row['log_loss']:10.4f}{row['accuracy']:10.4f}{row['ece']:8.4f}{row['rows']:8}"
+        lines.append(line + "".join(f"{row[key]:10.4f}" for key in further if key in row))
     if "bayes_log_loss" in metrics:
         drawn = metrics["bayes_log_loss_drawn"]
         lines.append(

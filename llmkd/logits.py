@@ -74,6 +74,7 @@ def read(
         raise CacheError(f"{path}: no logits here; {remedy}")
     try:
         table = pq.read_table(path, columns=["id", "view", "logits"])
+        table.validate(full=True)  # words that are not UTF-8, offsets that lead outside
         names = json.loads((table.schema.metadata or {})[b"labels"])
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:
         raise CacheError(

@@ -185,14 +185,20 @@ def _merge_adapters(base: PreTrainedModel, folds: Sequence[Fold], how: str) -> N
 
 
 def _check_head(base: PreTrainedModel, fold: Fold, plain: Iterable[str], modules: Iterable[str]) -> None:
-    """A classifier's head is new, so adapters without it would be merged into random weights."""
+    """A classifier's head is new, so adapters without it would be merged into random weights.
+
+    A head may be all that stands outside the backbone, and a new pooler in it; what LoRA adapts instead
+    is not new.
+    """
     if not type(base).__name__.endswith("ForSequenceClassification"):
         return
     backbone = base.base_model_prefix + "."
-    head = {name for name, _ in base.named_parameters() if not name.startswith(backbone)}
-    saved = (fold.adapter or {}).get("modules_to_save") or ()
-    due = {name for name in head if any(name.startswith(f"{module}.") for module in saved)}
-    missing = sorted((due or head) - set(plain))
+    saved = tuple(f"{module}." for module in (fold.adapter or {}).get("modules_to_save") or ())
+    due = {
+        name for name, _ in base.named_parameters() if not name.startswith(backbone) or name.startswith(saved)
+    }
+    adapted = {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
+    missing = sorted(due - set(plain) - adapted)
     if missing:
         raise ModelError(
             f"fold {fold.path} lacks the trained head {missing[0]}; train with the head in modules_to_save"

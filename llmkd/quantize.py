@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2023, arXiv 2210.17323) of a sequence classifier, its head kept in float.
+"""GPTQ (Frantar et al. 2023, arXiv 2210.17323) of a classifier or a causal LM, its head kept in float.
 
 Runs through optimum and gptqmodel, as transformers' GPTQConfig does. gptqmodel alone would take the
 classifier for a language model and drop its head without a word.
@@ -17,6 +17,7 @@ from llmkd.gptq import Batch, run_gptq
 from llmkd.models.artifact import (
     TOKENIZER_FILES,
     ZERO_OFFSETS,
+    is_causal,
     open_tensors,
     read_json,
     size_bytes,
@@ -44,7 +45,7 @@ def quantize_gptq(
     damp: float = 0.1,
     batch_tokens: int = 4096,
 ) -> dict[str, Any]:
-    """Quantize the linear layers of the blocks of a sequence classifier; everything else stays as it is.
+    """Quantize the linear layers of the blocks of a classifier or a causal LM; all else stays as it is.
 
     Args:
         model_dir: a float model with its tokenizer, in safetensors.
@@ -121,7 +122,7 @@ def _load(model_dir: Path) -> PreTrainedModel:
 
     if read_json(model_dir / "config.json").get("quantization_config"):
         raise ModelError(f"{model_dir} is quantized already; quantize the merged float model")
-    model, _ = load_artifact(model_dir, dtype=torch.float32)
+    model, _ = load_artifact(model_dir, dtype=torch.float32, causal=is_causal(model_dir))
     return model
 
 

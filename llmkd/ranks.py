@@ -74,6 +74,18 @@ def gather(item: Any) -> list[Any]:
     return items
 
 
+def most(number: int) -> int:
+    """The largest of all ranks' numbers, on every rank."""
+    if not _grouped():
+        return number
+    import torch
+
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    found = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return int(found)
+
+
 def stop() -> None:
     """Leave the process group; without it a ZeRO-3 process may abort at exit after its work is done."""
     import sys

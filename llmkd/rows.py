@@ -33,22 +33,31 @@ def prepare(
     stratify: bool = True,
     seed: int,
     leaks: Literal["drop", "report", "error"] = "drop",
+    transfer: pa.Table | None = None,
+    fields: Sequence[str] | None = None,
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """The rows of both parts with stems, groups, folds and swapped copies, and a JSON-able report.
+    """The rows of all parts with stems, groups, folds and swapped copies, and a JSON-able report.
 
-    `group` is the field whose equal texts (casefolded, whitespace collapsed) stay together; None keeps
-    rows of equal texts together, and the leak check looks for those. A swapped copy follows the rows in their
-    given order. Duplicates (same texts, either order where the kind has a mirror) and duplicates with
+    `fields` are the columns that make up a row's content, by default the kind's texts (`llmkd.tasks.content`
+    knows them). `group` is the field whose equal texts (casefolded, whitespace collapsed) stay together; None
+    keeps rows of equal content together, and the leak check looks for those. `transfer` rows are in no fold;
+    those that leak into the test part, or stand in train, are left out. Swapped copies follow the rows in
+    their order. Duplicates (same content, either order where the kind has a mirror) and duplicates with
     conflicting labels are counted, not removed. Raises DataError.
     """
     if swap and KINDS[kind].mirror(2) is None:
         raise DataError(f"swap is on, but a {kind} row has no order: set task.swap to false")
-    parts = [table for table in (train, test) if table is not None]
-    _check_ids(parts)
-    kept, leaked = _without_leaks(parts, kind, group, leaks)
+    fields = KINDS[kind].FIELDS if fields is None else fields
+    _check_ids([table for table in (train, test, transfer) if table is not None])
+    train, leaked = _without_leaks(train, test, kind, fields, group, leaks)
     report: dict[str, Any] = {"leaks": {"policy": leaks, **leaked}}
-    report["duplicates"] = {table["part"][0].as_py(): _duplicates(table, kind) for table in kept}
-    grouped = [_grouped(table, group, kind) for table in kept]
+    if transfer is not None:
+        transfer, leaked = _without_leaks(transfer, test, kind, fields, group, leaks)
+        transfer, known = _without_known(transfer, train, kind, fields)
+        report["leaks"]["transfer"] = {**leaked, "in_train": known}
+    kept = [table for table in (train, test, transfer) if table is not None]
+    report["duplicates"] = {table["part"][0].as_py(): _duplicates(table, kind, fields) for table in kept}
+    grouped = [_grouped(table, group, kind, fields) for table in kept]
     numbers = folding.assign(
         grouped[0]["label"].to_numpy(), _strings(grouped[0]["group"]), folds, seed, stratify=stratify
     )
@@ -64,47 +73,68 @@ def prepare(
     return rows, {**report, **_counts(rows, KINDS[kind].FIELDS)}
 
 
-def held_out(table: pa.Table, kind: str, extra: Sequence[str] = ()) -> pa.Table | None:
+def held_out(
+    table: pa.Table, kind: str, extra: Sequence[str] = (), fields: Sequence[str] | None = None
+) -> pa.Table | None:
     """The test rows of a prepared table as `canonical` gave them, so that other rows can be held against
-    them; None where there are none."""
+    them; None where there are none. `fields` as in `prepare`."""
+    fields = KINDS[kind].FIELDS if fields is None else fields
     rows = table.filter(pc.and_(pc.equal(table["part"], "test"), pc.invert(table["swapped"])))
-    return rows.select(["id", "part", "label", *KINDS[kind].FIELDS, *extra]) if rows.num_rows else None
+    return rows.select(["id", "part", "label", *fields, *extra]) if rows.num_rows else None
 
 
 def _check_ids(parts: Sequence[pa.Table]) -> None:
-    """Ids are unique over both parts: logits are joined by them."""
+    """Ids are unique over all parts: logits are joined by them."""
     counts = pc.value_counts(pa.chunked_array([chunk for table in parts for chunk in table["id"].chunks]))
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
         raise DataError(
-            f"{len(repeated)} ids stand in train and in test, first {repeated[0]['values'].as_py()!r}: "
+            f"{len(repeated)} ids stand in more than one part, first {repeated[0]['values'].as_py()!r}: "
             "make them unique, or leave task.id out"
         )
 
 
 def _without_leaks(
-    parts: Sequence[pa.Table], kind: str, group: str | None, leaks: str
-) -> tuple[list[pa.Table], dict[str, Any]]:
-    if len(parts) == 1:
-        return list(parts), {"rows": 0, "dropped": 0}
-    train, test = parts
-    ours, theirs = (_keys(table, [group]) if group else _content(table, kind)[0] for table in parts)
+    table: pa.Table, test: pa.Table | None, kind: str, fields: Sequence[str], group: str | None, leaks: str
+) -> tuple[pa.Table, dict[str, int]]:
+    """The rows of `table` less those that are in the test part, and how many those were."""
+    if test is None:
+        return table, {"rows": 0, "dropped": 0}
+    ours, theirs = (
+        _keys(rows, [group]) if group else _content(rows, kind, fields)[0] for rows in (table, test)
+    )
     leaked = np.isin(ours, theirs)
-    count = int(leaked.sum())
-    what = f"the {group} of a test row" if group else "the texts of a test row"
+    count, part = int(leaked.sum()), table["part"][0].as_py()
+    what = f"the {group} of a test row" if group else f"the {_named(kind)} of a test row"
     if leaks == "error" and count:
-        first = train["id"][int(leaked.argmax())].as_py()
-        raise DataError(f"{count} train rows have {what}, first {first!r}: remove them, or set leaks to drop")
+        first = table["id"][int(leaked.argmax())].as_py()
+        raise DataError(
+            f"{count} {part} rows have {what}, first {first!r}: remove them, or set leaks to drop"
+        )
     if leaks != "drop":
-        return [train, test], {"rows": count, "dropped": 0}
+        return table, {"rows": count, "dropped": 0}
     if leaked.all():
-        raise DataError(f"every train row has {what}: give a test part of its own")
-    return [train.filter(pa.array(~leaked)), test], {"rows": count, "dropped": count}
+        raise DataError(f"every {part} row has {what}: give a test part of its own")
+    return table.filter(pa.array(~leaked)), {"rows": count, "dropped": count}
 
 
-def _duplicates(table: pa.Table, kind: str) -> dict[str, int]:
-    """Rows beyond the first of their texts, and how many texts carry more than one known label."""
-    keys, turned = _content(table, kind)
+def _named(kind: str) -> str:
+    return "texts" if KINDS[kind].FIELDS else "content"
+
+
+def _without_known(
+    transfer: pa.Table, train: pa.Table, kind: str, fields: Sequence[str]
+) -> tuple[pa.Table, int]:
+    """The transfer rows less those of equal content in train, where they have a label too."""
+    known = np.isin(_content(transfer, kind, fields)[0], _content(train, kind, fields)[0])
+    if known.all():
+        raise DataError("every transfer row stands in train: give others, or leave task.transfer out")
+    return transfer.filter(pa.array(~known)), int(known.sum())
+
+
+def _duplicates(table: pa.Table, kind: str, fields: Sequence[str]) -> dict[str, int]:
+    """Rows beyond the first of their content, and how many contents carry more than one known label."""
+    keys, turned = _content(table, kind, fields)
     labels = table["label"].to_numpy()
     mirror = KINDS[kind].mirror(max(int(labels.max(initial=1)) + 1, 2))
     if mirror is not None:
@@ -115,17 +145,19 @@ def _duplicates(table: pa.Table, kind: str) -> dict[str, int]:
     return {"rows": len(keys) - len(np.unique(keys)), "conflicting": int((labels_of > 1).sum())}
 
 
-def _content(table: pa.Table, kind: str) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
-    """Key of each row's texts, the same in both orders, and which rows were turned for it."""
-    keys = _keys(table, KINDS[kind].FIELDS)
+def _content(
+    table: pa.Table, kind: str, fields: Sequence[str]
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    """Key of each row's content, the same in both orders, and which rows were turned for it."""
+    keys = _keys(table, fields)
     if KINDS[kind].mirror(2) is None:
         return keys, np.zeros(len(keys), dtype=bool)
-    other = _keys(table, list(preference.swap({name: name for name in KINDS[kind].FIELDS}).values()))
+    other = _keys(table, list(preference.swap({name: name for name in fields}).values()))
     return np.minimum(keys, other), other < keys
 
 
 def _keys(table: pa.Table, fields: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """64-bit digest of each row's normalised texts: casefolded, whitespace collapsed."""
+    """64-bit digest of each row's values: texts casefolded with whitespace collapsed, bytes as they are."""
     for field in fields:
         if field not in table.column_names:
             raise DataError(f"group {field!r} is no field: the rows have {', '.join(_text_columns(table))}")
@@ -133,22 +165,29 @@ def _keys(table: pa.Table, fields: Sequence[str]) -> npt.NDArray[np.uint64]:
     return np.fromiter(digests, dtype=np.uint64, count=table.num_rows)
 
 
-def _digest(texts: Sequence[str]) -> int:
-    normal = "\0".join(" ".join(text.casefold().split()) for text in texts)
-    return int.from_bytes(blake2b(normal.encode(), digest_size=8).digest(), "big")
+def _digest(values: Sequence[str | bytes]) -> int:
+    normal = b"\0".join(
+        value if isinstance(value, bytes) else " ".join(value.casefold().split()).encode() for value in values
+    )
+    return int.from_bytes(blake2b(normal, digest_size=8).digest(), "big")
 
 
-def _walk(table: pa.Table, fields: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Rows as tuples of strings, a slice of the table in memory at a time."""
+def _walk(table: pa.Table, fields: Sequence[str]) -> Iterator[tuple[str | bytes, ...]]:
+    """Rows as tuples of strings or bytes, a slice of the table in memory at a time."""
     for start in range(0, table.num_rows, 10_000):
         part = table.slice(start, 10_000)
-        yield from zip(*(part[field].to_pylist() for field in fields), strict=True)
+        yield from zip(*(_plain(part[field]).to_pylist() for field in fields), strict=True)
 
 
-def _grouped(table: pa.Table, group: str | None, kind: str) -> pa.Table:
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Numbers as strings, "" where there is none; strings and bytes as they are."""
+    return pc.fill_null(column.cast(pa.string()), "") if pa.types.is_floating(column.type) else column
+
+
+def _grouped(table: pa.Table, group: str | None, kind: str, fields: Sequence[str]) -> pa.Table:
     """The table with id, stem, swapped, group first; fold comes later."""
     stems = table["id"]
-    keys = _keys(table, [group]) if group else _content(table, kind)[0]
+    keys = _keys(table, [group]) if group else _content(table, kind, fields)[0]
     groups = pa.array([f"{key:016x}" for key in keys], pa.string())
     columns = {
         "id": stems,

@@ -1,6 +1,7 @@
 """Where rows come from: a file, a glob, a hub data set, or the embedded data."""
 
 import glob
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -9,6 +10,9 @@ import pyarrow as pa
 
 from llmkd.errors import DataError
 from llmkd.tasks import arena
+
+_LINE = re.compile(r"\n|<br\s*/?>")
+_SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
 
 def read(source: str, *, seed: int = 0) -> pa.Table:
@@ -81,6 +85,19 @@ def _read_hub(source: str) -> pa.Table:
         line = " ".join(str(error).split())[:200]
         raise DataError(f"{source}: cannot be loaded ({line}): check the name or give a file") from error
     return cast(pa.Table, dataset.with_format("arrow")[:])
+
+
+def sentences(table: pa.Table, column: str, least: int, most: int) -> pa.Table:
+    """The distinct sentences of `least` to `most` words in a column of texts, in their order, one a row.
+
+    A sentence ends after . ! ? and their quotes, at a line's end, and at an HTML line break.
+    """
+    found: dict[str, None] = {}
+    for text in table[column].to_pylist():
+        for line in _LINE.split(text or ""):
+            pieces = (" ".join(piece.split()) for piece in _SENTENCE.split(line))
+            found |= dict.fromkeys(piece for piece in pieces if least <= piece.count(" ") + 1 <= most)
+    return pa.table({column: pa.array(list(found), pa.string())})
 
 
 def arena_numbers(source: str, seed: int = 0) -> tuple[int, int]:

@@ -5,25 +5,32 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkd import ranks, run
-from llmkd.config import Config, Model, load, science
-from llmkd.errors import ConfigError, LlmkdError, RunError
+from llmkd import interrupt, ranks, run
+from llmkd.config import load, science
+from llmkd.errors import ConfigError, LlmkdError, RunError, Stopped
+from llmkd.schema import Config, Model
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from llmkd.batches import Examples
 
 PREPARE, PRETRAIN, TEACHERS = "00_prepare", "01_pretrain", "02_teachers"
 DISTILL, MERGE, QUANTIZE, EVALUATE = "03_distill", "04_merge", "05_quantize", "06_evaluate"
 
 
 def main(body: Callable[[Config, argparse.Namespace], None], description: str, *flags: str) -> None:
-    """Run a stage's body; what a user can mend ends as one line on stderr and exit code 2."""
+    """Run a stage's body; what a user can mend ends as one line on stderr and exit code 2.
+
+    SIGTERM and Ctrl-C end it with 143 and 130, once what can be gone on with is saved.
+    """
     # Libraries' notices (a missing GPU kernel, an old cache name) are nothing that a user here can act on.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -33,16 +40,31 @@ def main(body: Callable[[Config, argparse.Namespace], None], description: str, *
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        config, arguments = parse(description, flags)
-        body(config, arguments)
+        with interrupt.heard():
+            config, arguments = parse(description, flags)
+            body(config, arguments)
     except LlmkdError as error:
-        from tqdm import tqdm
-
-        # on lines of its own, also where a progress bar stands
-        tqdm.write("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
+        _tell("\n".join(f"error: {line}" for line in str(error).split("\n")))
+        sys.exit(2)
+    except Stopped as stopped:
+        name = signal.Signals(stopped.signal).name
+        if ranks.is_main():
+            _tell(f"stopped by {name}: {stopped}; the same command goes on from there")
+        sys.exit(128 + stopped.signal)
+    except Exception as error:
+        if not run.is_disk_full(error):
+            raise
+        _tell(f"error: {' '.join(str(error).split())}; free some space, then the same command goes on")
         sys.exit(2)
     finally:
         ranks.stop()
+
+
+def _tell(text: str) -> None:
+    """On lines of its own, also where a progress bar stands."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
 
 
 def parse(
@@ -91,14 +113,18 @@ def rows_directory(config: Config) -> Path:
 def prepare_settings(config: Config) -> dict[str, Any]:
     """What stage 00 makes rows from."""
     task = science(config.task)
-    for name in ("max_tokens", "max_words", "template"):  # these change tokens, not rows
+    for name in ("max_tokens", "max_words", "template", "mask_prompt", "pack"):  # of tokens, not of rows
         task.pop(name)
+    if task["rows"] is None:
+        task.pop("rows")
+    if task["image"]:
+        task["image"].pop("shift")
     return {"task": task, "folds": science(config.folds), "seed": config.seed}
 
 
 def pretrain_settings(config: Config, model: Model) -> dict[str, Any]:
     """What stage 01 makes a model from."""
-    settings = {key: model_settings(model)[key] for key in ("model", "init", "pad_token")}
+    settings = {key: model_settings(model)[key] for key in ("model", "layers", "init", "pad_token")}
     settings["phases"] = [science(phase) for phase in phases(config, model)]
     settings["task"] = {key: science(config.task)[key] for key in ("kind", "swap")}
     settings["task"] |= {
@@ -106,7 +132,11 @@ def pretrain_settings(config: Config, model: Model) -> dict[str, Any]:
         "leaks": config.task.leaks,
         "group": config.folds.group,
     }
-    return {**settings, "text": text_settings(config, model), "seed": config.seed}
+    text = text_settings(config, model)
+    if config.task.kind == "causal_lm":  # its phases read plain texts
+        text = {"max_tokens": text["max_tokens"]}
+    settings |= {"precision": config.precision, "text": text}
+    return {**settings, "seed": config.seed}
 
 
 def _check_settings(config: Config, directory: Path, settings: dict[str, Any]) -> None:
@@ -121,18 +151,32 @@ def prepared(config: Config) -> tuple["pa.Table", list[str], str]:
     import pyarrow.parquet as pq
 
     directory = rows_directory(config)
+    digest = run.digest(directory, command(config, PREPARE))  # before a byte of it is believed
     table = pq.read_table(directory / "rows.parquet")
-    return table, json.loads(table.schema.metadata[b"labels"]), run.digest(directory)
+    return table, json.loads(table.schema.metadata[b"labels"]), digest
+
+
+def is_made(config: Config, model: Model) -> bool:
+    """Whether stage 01 makes it; else it starts from its checkpoint as it is."""
+    return bool(model.init or model.layers or phases(config, model))
+
+
+def checkpoint(model: Model) -> dict[str, str]:
+    """The digest of a checkpoint that lies on this disk; a hub's is known by its name."""
+    local = model.model is not None and Path(model.model).is_dir()
+    return {model.name: run.checkpoint_digest(Path(str(model.model)))} if local else {}
 
 
 def base(config: Config, model: Model) -> tuple[str, dict[str, str]]:
-    """Where a model's weights come from before fine-tuning, and its digest where stage 01 made it."""
-    if model.init is None and not phases(config, model):
+    """Where a model's weights come from before fine-tuning, and its digest where they lie on disk."""
+    if not is_made(config, model):
         assert model.model is not None
-        return model.model, {}
+        return model.model, checkpoint(model)
     directory = Path(config.run) / PRETRAIN / model.name
     _check_settings(config, directory, pretrain_settings(config, model))
-    return str(directory / "model"), {f"{PRETRAIN}/{model.name}": run.digest(directory)}
+    return str(directory / "model"), {
+        f"{PRETRAIN}/{model.name}": run.digest(directory, command(config, PRETRAIN))
+    }
 
 
 def phases(config: Config, model: Model) -> list[Any]:
@@ -143,6 +187,11 @@ def phases(config: Config, model: Model) -> list[Any]:
 def text_settings(config: Config, model: Model) -> dict[str, Any]:
     """How rows become text for one model: part of the fingerprint of all it makes."""
     task = config.task
+    if model.is_net:  # it reads features or pixels, as stage 00 left them
+        return {"shift": task.image.shift if task.image else 0}
+    if task.kind == "causal_lm":
+        settings = {"max_tokens": model.max_tokens or task.max_tokens, "pack": task.pack}
+        return {**settings, "chats": "messages" in task.columns, "mask_prompt": task.mask_prompt}
     return {
         "template": task.template,
         "max_tokens": model.max_tokens or task.max_tokens,
@@ -166,28 +215,71 @@ def load_in(model: Model, precision: str) -> str:
 def load_model(
     config: Config, model: Model, source: str, labels: Sequence[str], precision: str
 ) -> tuple[Any, Any]:
-    """A sequence classifier, with its adapter where it has one, on its device; and its tokenizer."""
+    """A classifier or a language model, with its adapter where it has one, on its device; its tokenizer.
+
+    One of the package's nets comes with its features' spec in place of a tokenizer.
+    """
     import torch
 
-    from llmkd.models.load import check_budget, load_classifier, load_tokenizer
     from llmkd.models.lora import add_lora
 
     gc.collect()  # the model before this one, where there was one: its trainer holds it in a cycle
+    network, reader = load_base(config, model, source, labels, load_in(model, precision))
+    if model.lora:
+        causal = config.task.kind == "causal_lm"
+        network = add_lora(network, causal=causal, **model.lora.model_dump())
+    if torch.cuda.is_available() and model.load_in not in ("nf4", "int8"):
+        network.to("cuda")
+    return network, reader
+
+
+def load_base(
+    config: Config, model: Model, source: str, labels: Sequence[str], held_in: str
+) -> tuple[Any, Any]:
+    """A model for the task without an adapter, in fp32, bf16, nf4 or int8; and what reads rows for it."""
+    if model.is_net:
+        from transformers import AutoModelForSequenceClassification
+
+        from llmkd import features
+        from llmkd.models.nets import register
+
+        register()
+        network = AutoModelForSequenceClassification.from_pretrained(source, local_files_only=True)
+        return network.float(), features.load(Path(source))
+    from llmkd.models.load import check_budget, load_causal_lm, load_classifier, load_tokenizer
+
     tokenizer = load_tokenizer(source, model.pad_token)
-    network: Any = load_classifier(
+    if config.task.kind == "causal_lm":
+        network = load_causal_lm(source, load_in=held_in, attention=model.attention)
+        check_budget(network.config, source, model.max_tokens or config.task.max_tokens)
+        return network, tokenizer
+    network = load_classifier(
         source,
         labels,
-        load_in=load_in(model, precision),
+        load_in=held_in,
         pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
         attention=model.attention,
         seed=config.seed,
     )
     check_budget(network.config, source, model.max_tokens or config.task.max_tokens)
-    if model.lora:
-        network = add_lora(network, **model.lora.model_dump())
-    if torch.cuda.is_available() and model.load_in not in ("nf4", "int8"):
-        network.to("cuda")
     return network, tokenizer
+
+
+def examples_of(config: Config, model: Model, table: "pa.Table", reader: Any) -> "Examples":
+    """All rows as one model reads them: in its tokenizer's ids, or by its features' spec. A language
+    model's are the training rows alone, less those without a target."""
+    from llmkd import crossfit, features
+
+    settings = text_settings(config, model)
+    if config.task.kind == "causal_lm":
+        from llmkd import lm
+
+        return lm.examples(table, reader, "train", **settings)[0]
+    if not model.is_net:
+        return crossfit.text_examples(table, reader, config.task.kind, **settings)
+    return features.examples(
+        table, reader, table["id"].to_pylist(), crossfit.training_labels(table), **settings
+    )
 
 
 def _parts(what: str, path: str, *overrides: str) -> list[str]:
@@ -196,8 +288,8 @@ def _parts(what: str, path: str, *overrides: str) -> list[str]:
     folds = [str(fold) for fold in range(config.folds.count)]
     if what == "models":
         return [model.name for model in config.models]
-    if what == "folds":
-        return folds
+    if what == "folds":  # of a chain, a student's folds wait for those of the one before it
+        return folds if len(config.students) == 1 else []
     return [f"{teacher.name}:{fold}" for teacher in config.teachers for fold in folds]
 
 

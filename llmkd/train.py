@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.trainer_utils import set_seed
 
-from llmkd import ranks
+from llmkd import checkpoint, interrupt, ranks
 from llmkd.batches import Examples, Rows, Steps, padding_share, sorted_batches
-from llmkd.errors import DataError, ModelError
+from llmkd.errors import ConfigError, DataError, ModelError, Stopped
 from llmkd.models.lora import load_trainable, trainable_state
-from llmkd.models.pooling import autocast, class_logits
+from llmkd.models.pooling import autocast, class_logits, without_dropout
+from llmkd.resume import Saving, keeping, load_learnt
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,14 +89,42 @@ def forget_sharding() -> None:
 class StepTrainer(Trainer):
     """A Trainer whose loader yields whole optimizer steps, each a list of this rank's micro-batches."""
 
+    saving: Saving | None = None
+    on_nan = "stop"
+
     def get_train_dataloader(self) -> DataLoader[Any]:
-        loader: DataLoader[Any] = DataLoader(self.train_dataset, batch_size=None, shuffle=False)  # type: ignore[arg-type]
-        loader.set_epoch = self.train_dataset.set_epoch  # type: ignore[attr-defined, union-attr]
+        """A sampler's batch is the number of one step, so that the Trainer can skip those already done."""
+        steps: Any = self.train_dataset
+        numbers = [[number] for number in range(len(steps))]
+        loader: DataLoader[Any] = DataLoader(steps, batch_sampler=numbers, collate_fn=itemgetter(0))
+        loader.set_epoch = steps.set_epoch  # type: ignore[attr-defined]
         return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        self._load_rng_state(None)  # augmentation draws, and it comes before the Trainer would do this
+        if self.state.global_step >= self.state.max_steps:  # a training that was whole already
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The method has its weights by now."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint and self.saving:
+            self.saving.load_optimizer()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self.saving:
+            self.saving.load_random()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        assert self.saving
+        self.saving.save()
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Each micro-batch forward and backward; gradients meet over the ranks at the last one only."""
         self.loss_is_scaled_for_ga = True  # every micro-batch carries its share of the step's mean
+        self.micros, self.loss_before = [], self._tr_loss.clone()
         losses = []
         for i, micro in enumerate(inputs):
             with self._unsynchronised(model, last=i == len(inputs) - 1):
@@ -115,30 +145,74 @@ class StepTrainer(Trainer):
     ) -> Any:
         loss, parts = model(**inputs["batch"])  # (B,), {name: (B,)}
         weight = inputs["weight"]  # (B,)
-        for name, part in parts.items():
-            self.parts[name] = self.parts.get(name, 0) + (part.detach() * weight).sum()
+        sums = {name: (part.detach() * weight).sum() for name, part in parts.items()}
+        self.micros.append((inputs["rows"], loss.detach(), sums))
         return (loss * weight).sum()
 
+    micros: list[tuple[Rows, Tensor, dict[str, Tensor]]]  # of this step
+    loss_before: Tensor
     parts: dict[str, Any]
     parts_since: int
+    skipped: list[list[str]]  # the ids of each step that was not taken
+    skipped_since: int
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """All gradients are in place and no weight has moved yet (DeepSpeed's have: it can only stop)."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        whole = torch.stack([loss.isfinite().all() for _, loss, _ in self.micros]).all()
+        finite = bool(whole) and (norm is None or math.isfinite(float(norm)))
+        if ranks.most(int(not finite)):
+            self._refuse_step(model)
+            return None
+        for _, _, sums in self.micros:
+            for name, value in sums.items():
+                self.parts[name] = self.parts.get(name, 0) + value
+        return norm
+
+    def _refuse_step(self, model: nn.Module) -> None:
+        """Stop, naming the rows; or leave the weights and the sums as they were before this step."""
+        examples = self.train_dataset.examples  # type: ignore[union-attr]
+        rows = [row for rows, loss, _ in self.micros for row in rows[~loss.isfinite().cpu().numpy()]]
+        bad = sorted({examples.ids[row] for part in ranks.gather(rows) for row in part})
+        what = f"the loss of {len(bad)} rows is"
+        if not bad:
+            everywhere = ranks.gather([row for rows, _, _ in self.micros for row in rows])
+            bad = sorted({examples.ids[row] for part in everywhere for row in part})
+            what = f"the gradient of these {len(bad)} rows is"
+        if self.on_nan == "stop":
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            raise ModelError(
+                f"step {self.state.global_step + 1}: {what} not finite: {', '.join(bad[:5])}{more}; "
+                "lower learning_rate, try precision: fp32, or see what these rows hold"
+            )
+        self.skipped.append(bad)
+        model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
+        self._tr_loss = self.loss_before
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Every term on its own, as a mean a row since the last time, over all ranks."""
+        """Every term on its own, as a mean a row since the last time, over all ranks and steps taken."""
         steps = self.state.global_step - self.parts_since
-        if "loss" in logs and steps and self.parts:
-            means = torch.stack([self.parts[name] for name in sorted(self.parts)]) / steps
-            everywhere = [means.tolist()] if ranks.world() == 1 else ranks.gather(means.tolist())
-            for name, values in zip(sorted(self.parts), zip(*everywhere, strict=True), strict=True):
-                logs[name] = round(sum(values) / len(values), 6)
+        if "loss" in logs and steps:
+            taken = steps - (len(self.skipped) - self.skipped_since)
+            names = sorted(self.parts)
+            if taken:
+                logs["loss"] *= steps / taken
+                means = [(self.parts[name] / taken).item() for name in names]
+                everywhere = [means] if ranks.world() == 1 else ranks.gather(means)
+                for name, values in zip(names, zip(*everywhere, strict=True), strict=True):
+                    logs[name] = round(sum(values) / len(values), 6)
+            else:
+                del logs["loss"]  # no step, no loss
             self.parts, self.parts_since = {}, self.state.global_step
+            self.skipped_since = len(self.skipped)
         super().log(logs, start_time)
 
 
 class KeepBest(TrainerCallback):
-    """Scores the student on development rows and keeps what it had learnt at its lowest log loss."""
+    """Scores the student on development rows and keeps what its method had learnt at its lowest log loss."""
 
-    def __init__(self, student: nn.Module, score: Callable[[], float], evaluations: int) -> None:
-        self.student, self.score, self.evaluations = student, score, evaluations
+    def __init__(self, method: nn.Module, score: Callable[[], float], evaluations: int) -> None:
+        self.method, self.score, self.evaluations = method, score, evaluations
         self.best, self.history = math.inf, list[dict[str, float]]()
         self.state: dict[str, Tensor] | None = None
 
@@ -152,7 +226,7 @@ class KeepBest(TrainerCallback):
         log_loss = self.score()
         self.history.append({"step": state.global_step, "dev_log_loss": log_loss})
         if log_loss < self.best:
-            self.best, self.state = log_loss, trainable_state(self.student)
+            self.best, self.state = log_loss, trainable_state(self.method)
 
 
 def fit(
@@ -166,20 +240,36 @@ def fit(
     batch_tokens: int,
     evaluations: int = 1,
     gradient_checkpointing: bool = False,
+    on_nan: str = "stop",
+    checkpoints: Path | None = None,
+    checkpoint_minutes: float = 10,
 ) -> dict[str, Any]:
-    """Train `method.student` on the rows `train`; with `dev` rows, leave it at its best log loss on them.
+    """Train `method` on the rows `train`; with `dev` rows, leave it where its student's log loss was lowest.
+
+    That goes for all that the method trains: heads, projectors and peers follow the student's checkpoint.
+
+    checkpoints: a directory that is this training's own. Every `checkpoint_minutes`, and on SIGTERM or
+    Ctrl-C, the training is saved there, and begun again it goes on from there; when it is whole, it is not
+    done again. on_nan: "stop", or "skip" steps whose loss or gradient is not finite.
 
     Returns the history: {"loss": [every log entry], "dev": [{step, dev_log_loss}], "steps", "best",
-    "padding_share"}.
-    Raises DataError without rows, ModelError where the loss is not finite.
+    "padding_share", "skipped": [the ids of each step that was skipped]}.
+    Raises DataError without rows, ModelError naming the rows where a loss or gradient is not finite,
+    Stopped after a signal, once it is saved.
     """
     if not len(train):
         raise DataError("no rows to train on; check folds.count and the prepared rows")
+    if on_nan == "skip" and training.deepspeed:
+        raise ConfigError("on_nan: skip cannot take back a step of DeepSpeed's; use on_nan: stop")
+    found = checkpoint.read(checkpoints) if checkpoints else None
     student: nn.Module = method.student  # type: ignore[assignment]
     _begin_anew(student, training)
+    if found and "whole" in found[1] and not training.deepspeed:
+        load_learnt(method, found)
+        return dict(found[1]["whole"])
     if gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-        student.enable_input_require_grads()  # type: ignore[operator]
+        for model in getattr(method, "peers", {"student": student}).values():
+            _checkpoint_gradients(model)
     set_seed(training.seed)
     steps = Steps(examples, train, batch_rows, batch_tokens, training.seed, ranks.rank(), ranks.world())
     keep = None
@@ -188,7 +278,7 @@ def fit(
     if dev is not None and len(dev):
         precision = str(getattr(method, "precision", "fp32"))
         keep = KeepBest(
-            student, lambda: dev_log_loss(student, examples, dev, batch_tokens, precision), evaluations
+            method, lambda: dev_log_loss(student, examples, dev, batch_tokens, precision), evaluations
         )
     trainer = StepTrainer(
         model=method,
@@ -197,22 +287,52 @@ def fit(
         callbacks=[keep] if keep else [],  # type: ignore[arg-type]
     )
     trainer.parts, trainer.parts_since = {}, 0
-    trainer.train()
+    trainer.on_nan, trainer.skipped, trainer.skipped_since = on_nan, [], 0
+    if checkpoints is None:
+        trainer.train()
+    else:
+        _train_on(trainer, Saving(trainer, checkpoints, checkpoint_minutes, method, keep, found), steps)
     _check_engine(trainer, training)
     if training.deepspeed:
         student.__dict__[ENGINE] = trainer.model_wrapped  # as an attribute it would become a submodule
-    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if not all(math.isfinite(entry["loss"]) for entry in losses):
-        raise ModelError("the training loss is not finite; lower learning_rate or check the teachers' logits")
     if keep and keep.state:
-        load_trainable(student, keep.state)
-    return {
-        "loss": losses,
+        load_trainable(method, keep.state)
+    history = {
+        "loss": [entry for entry in trainer.state.log_history if "loss" in entry],
         "dev": keep.history if keep else [],
         "best": keep.best if keep else None,
         "steps": trainer.state.global_step,
         "padding_share": padding_share([rows for step in steps.steps for rows in step], examples.lengths),
+        "skipped": trainer.skipped,
     }
+    if found and "whole" in found[1]:  # under DeepSpeed, whose engine a prediction needs
+        return dict(found[1]["whole"])
+    if trainer.saving:
+        trainer.saving.finish(history)
+    return history
+
+
+def _train_on(trainer: StepTrainer, saving: Saving, steps: Steps) -> None:
+    """From the step that the checkpoint holds, or the first. Raises Stopped where a signal ended it early."""
+    trainer.saving = saving
+    trainer.add_callback(saving)  # after KeepBest: what is saved has been scored
+    steps.set_epoch(saving.load() // len(steps))
+    with saving.trainer_state() as state, interrupt.deferred():
+        trainer.train(resume_from_checkpoint=state)
+    signal = ranks.most(interrupt.asked() or 0)
+    if signal and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(signal, f"step {trainer.state.global_step} of {trainer.state.max_steps} is saved")
+
+
+def _checkpoint_gradients(student: Any) -> None:
+    """Raises ModelError for a net without layers to checkpoint; one may have no input embeddings to hook."""
+    if not getattr(student, "supports_gradient_checkpointing", False):
+        raise ModelError(
+            f"gradient_checkpointing: {type(student).__name__} has nothing to checkpoint; set it to false"
+        )
+    student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(student, "enable_input_require_grads"):
+        student.enable_input_require_grads()
 
 
 def _begin_anew(student: nn.Module, training: TrainingArguments) -> None:
@@ -243,25 +363,35 @@ def _check_engine(trainer: Trainer, training: TrainingArguments) -> None:
 
 
 def predict(
-    model: nn.Module, examples: Examples, rows: Rows, batch_tokens: int, precision: str = "fp32"
+    model: nn.Module,
+    examples: Examples,
+    rows: Rows,
+    batch_tokens: int,
+    precision: str = "fp32",
+    *,
+    keep: Path | None = None,
+    keep_minutes: float = 10,
 ) -> NDArray[np.float32]:
     """Raw logits (len(rows), C), float32, in the order of `rows`; every row once, whatever the ranks.
 
+    keep: a directory of this prediction's own, for what is found: begun again it asks for the rest alone.
     Raises ModelError naming the row where a logit is not finite.
     """
+    found, save = keeping(keep, keep_minutes)
     batches = sorted_batches(rows, examples.lengths, batch_tokens)
+    batches = [batch for batch in batches if not all(row in found for row in batch.tolist())]
     # under ZeRO-3 every rank must run equally many forwards: the last one, the shortest, is run again
     # where their number does not divide, and counted once
     fill = -len(batches) % ranks.world()
     mine = (batches + batches[-1:] * fill)[ranks.rank() :: ranks.world()]
     device = next(model.parameters()).device
-    found: dict[int, NDArray[np.float32]] = {}
     bar = tqdm(mine, "logits", delay=5, leave=False, disable=not ranks.is_main())
-    with _inference(model), autocast(precision, device):
+    with inference(model), autocast(precision, device):
         for batch in bar:
             inputs = {name: tensor.to(device) for name, tensor in examples.inputs(batch).items()}
             logits = class_logits(model, **inputs).cpu().numpy()
             found.update(zip(batch.tolist(), logits, strict=True))
+            save()
     merged = {row: logits for part in ranks.gather(found) for row, logits in part.items()}
     result = np.stack([merged[row] for row in rows.tolist()]) if len(rows) else np.zeros((0, 0), np.float32)
     _check_finite(result, (examples.ids[row] for row in rows.tolist()))
@@ -276,17 +406,10 @@ def _check_finite(logits: NDArray[np.float32], ids: Iterable[str]) -> None:
 
 
 @contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode is as before afterwards.
-
-    nf4 layers stay in training mode: in evaluation bitsandbytes repacks them for the CPU, which
-    breaks the next backward. They hold no dropout, so nothing else depends on it.
-    """
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode is as before afterwards."""
     was_training = model.training
-    model.eval()
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.training = True
+    without_dropout(model)
     try:
         with torch.no_grad():
             yield
@@ -306,5 +429,6 @@ def dev_log_loss(
 def split(training: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A section's hyperparameters as keyword arguments: those of `arguments`, those of `fit`."""
     batching = {"batch_rows", "batch_tokens", "evaluations", "gradient_checkpointing"}
+    batching |= {"on_nan", "checkpoint_minutes"}
     trainer = {name: value for name, value in training.items() if name not in batching}
     return trainer, {name: value for name, value in training.items() if name in batching}

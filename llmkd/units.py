@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from llmkd import run
-from llmkd.config import Config, Teacher, science
+from llmkd.config import science
 from llmkd.errors import RunError
+from llmkd.schema import Config, Distill, External, Lightgbm, Llm, Student, Training
 from llmkd.stage import (
     DISTILL,
     MERGE,
@@ -25,6 +26,8 @@ from llmkd.stage import (
     rows_directory,
     text_settings,
 )
+
+TRAINING = set(Training.model_fields)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Recipe:
 
 def rows(config: Config) -> dict[str, str]:
     """The digest of stage 00's rows."""
-    return {PREPARE: run.digest(rows_directory(config))}
+    return {PREPARE: run.digest(rows_directory(config), command(config, PREPARE))}
 
 
 def finished(config: Config, *recipes: Recipe) -> dict[str, str]:
@@ -60,47 +63,128 @@ def finished(config: Config, *recipes: Recipe) -> dict[str, str]:
         remedy = command(config, recipe.stage)
         if run.manifest(recipe.directory, remedy).get("fingerprint") != recipe.mark:
             raise RunError(f"{recipe.directory}: made from another config or other inputs; {remedy}")
-        digests[str(recipe.directory.relative_to(config.run))] = run.digest(recipe.directory)
+        digests[str(recipe.directory.relative_to(config.run))] = run.digest(recipe.directory, remedy)
     return digests
 
 
-def teacher(config: Config, which: Teacher, fold: int) -> Recipe:
-    settings = {"seed": config.seed, "teacher": science(which), "views": config.views}
-    settings |= {"fold": fold, "text": text_settings(config, which)}
-    inputs = {**rows(config), **base(config, which)[1]}
+def teacher(config: Config, which: Llm | Lightgbm | External, fold: int) -> Recipe:
+    settings: dict[str, Any] = {"seed": config.seed, "teacher": science(which), "views": config.views}
+    settings |= {"fold": fold}
+    inputs = rows(config)
+    if config.task.kind == "causal_lm":
+        assert isinstance(which, Llm)
+        settings |= {"precision": config.precision, **_captured(config, which.name)}
+        inputs |= base(config, which)[1]
+    elif isinstance(which, Llm):
+        settings |= {"precision": config.precision, "text": text_settings(config, which)}
+        inputs |= base(config, which)[1]
+    elif isinstance(which, External):
+        inputs |= {
+            f"{which.name} {part}": run.source_digest(source) for part, source in said_in(config, which)
+        }
     directory = Path(config.run) / TEACHERS / which.name / f"fold{fold}"
     return Recipe(directory, TEACHERS, settings, inputs)
 
 
-def teachers(config: Config, folds: list[int]) -> list[Recipe]:
-    return [teacher(config, which, fold) for which in config.teachers for fold in folds]
+def _captured(config: Config, name: str) -> dict[str, Any]:
+    """What a cache of next tokens is of: its layout, and the student's tokens, which its teachers read."""
+    student, distill = config.student, config.distill_of(config.student)
+    degrees = distill.temperature
+    tokenizer = {"model": student.model, "init": student.init and science(student.init)["tokenizer"]}
+    return {
+        "text": text_settings(config, student),
+        "tokenizer": {**tokenizer, "pad_token": student.pad_token},
+        "cache": distill.cache and science(distill.cache),
+        "temperature": degrees.get(name, 1.0) if isinstance(degrees, dict) else degrees,
+    }
 
 
-def read_from(config: Config, fold: int) -> list[int]:
+def beside(config: Config, which: Student) -> list[Llm]:
+    """The language models that run beside a student, which have no units: nothing of theirs is cached."""
+    if config.task.kind != "causal_lm" or config.distill_of(which).cache:
+        return []
+    names = config.teachers_of(which)
+    return [one for one in config.teachers if isinstance(one, Llm) and one.name in names]
+
+
+def said_in(config: Config, which: External) -> list[tuple[str, str]]:
+    """The files an external teacher's word stands in, by the part whose rows it is about."""
+    task = config.task
+    transfer = task.transfer.data if task.transfer else None
+    parts = [("train", task.train), ("test", task.test), ("transfer", transfer)]
+    return [(part, which.path or source) for part, source in parts if source]
+
+
+def source(config: Config, name: str, fold: int) -> Recipe:
+    """The unit of the teacher, or of the earlier student, of that name."""
+    for which in config.teachers:
+        if which.name == name:
+            return teacher(config, which, fold)
+    return student(config, next(one for one in config.students if one.name == name), "student", fold)
+
+
+def read_from(config: Config, fold: int, distill: Distill) -> list[int]:
     """The folds whose teachers' logits this fold's student reads."""
-    if config.distill.view == "in_sample":
-        return [fold]
-    return [other for other in range(config.folds.count) if other != fold]
+    others = [other for other in range(config.folds.count) if other != fold]
+    if distill.view == "oof":
+        return others
+    return [fold, *others] if distill.weighting == "fitted" else [fold]
 
 
-def student(config: Config, kind: str, fold: int) -> Recipe:
+def student(config: Config, which: Student, kind: str, fold: int) -> Recipe:
     """One fold's student, or its baseline, which has no teachers in its settings nor its inputs."""
-    settings: dict[str, Any] = {"kind": kind, "fold": fold, "student": model_settings(config.student)}
-    settings |= {"text": text_settings(config, config.student), "distill": science(config.distill)}
-    settings["seed"] = config.seed
-    inputs = {**rows(config), **base(config, config.student)[1]}
-    name = config.student.name if kind == "student" else f"{config.student.name}-baseline"
+    distill = config.distill_of(which)
+    settings: dict[str, Any] = {"kind": kind, "fold": fold, "student": model_settings(which)}
+    settings |= {"text": text_settings(config, which), "precision": config.precision, "seed": config.seed}
+    settings["views"] = student_views(config, which)
+    inputs = {**rows(config), **base(config, which)[1]}
+    name = which.name if kind == "student" else f"{which.name}-baseline"
     if kind == "baseline":
-        for field in ("view", "terms", "temperature", "teacher_weights", "normalize"):
-            settings["distill"].pop(field)
+        phases = [science(phase) for phase in baseline_phases(distill)]
+        settings["trainings"] = [{key: phase[key] for key in phase if key in TRAINING} for phase in phases]
     else:
-        inputs |= finished(config, *teachers(config, read_from(config, fold)))
-    settings["distill"].pop("baseline")  # whether there is one changes nothing in the student
+        settings |= {"distill": science(distill), "teachers": config.teachers_of(which)}
+        idle = [] if distill.method == "sequence" else ["cache", "on_policy"]
+        for key in ("baseline", "baseline_epochs", *idle):  # these change nothing in this student
+            settings["distill"].pop(key)
+        online = beside(config, which)
+        sources = [
+            source(config, name, other)
+            for name in config.teachers_of(which)
+            for other in read_from(config, fold, distill)
+            if not online
+        ]
+        inputs |= finished(config, *sources)
+        settings |= {"online": [model_settings(one) for one in online]} if online else {}
+        inputs |= {key: value for one in online for key, value in base(config, one)[1].items()}
+        if distill.method == "mutual":
+            settings["peers"] = [
+                {**model_settings(peer), **text_settings(config, peer)} for peer in config.peers
+            ]
+            inputs |= {key: value for peer in config.peers for key, value in base(config, peer)[1].items()}
     return Recipe(Path(config.run) / DISTILL / name / f"fold{fold}", DISTILL, settings, inputs)
 
 
-def students(config: Config, kind: str = "student") -> list[Recipe]:
-    return [student(config, kind, fold) for fold in range(config.folds.count)]
+def baseline_phases(distill: Distill) -> list[Distill]:
+    """A baseline trains as the student does, phase by phase, if not asked to train for another while."""
+    if distill.baseline_epochs is None:
+        return distill.in_phases()
+    return [
+        phase.model_copy(update={"epochs": distill.baseline_epochs}) for phase in distill.in_phases()[-1:]
+    ]
+
+
+def student_views(config: Config, which: Student) -> list[str]:
+    """Which logits a student leaves: those it is judged by, and those that a later one learns from."""
+    if config.task.kind == "causal_lm":
+        return []
+    followed = any(which.name in config.teachers_of(one) for one in config.students)
+    return [*config.views, "test", "transfer"] if followed else ["oof", "test"]
+
+
+def students(config: Config, kind: str = "student", which: Student | None = None) -> list[Recipe]:
+    """All folds of one student, by default of the one that is shipped."""
+    return [student(config, which or config.student, kind, fold) for fold in range(config.folds.count)]
 
 
 def merged(config: Config) -> Recipe:

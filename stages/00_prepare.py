@@ -3,10 +3,10 @@
 import json
 from argparse import Namespace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from llmkd import run
-from llmkd.config import Config
+from llmkd.schema import Config, Part
 from llmkd.stage import PREPARE, main, prepare_settings, say
 
 
@@ -14,9 +14,10 @@ def prepare(config: Config, arguments: Namespace) -> None:
     task = config.task
     directory = Path(config.run) / PREPARE
     settings = prepare_settings(config)
+    transfer = task.transfer.data if task.transfer else None
     inputs = {
         part: run.source_digest(source)
-        for part, source in (("train", task.train), ("test", task.test))
+        for part, source in (("train", task.train), ("test", task.test), ("transfer", transfer))
         if source
     }
     if run.stands(directory, run.fingerprint(PREPARE, settings, inputs)):
@@ -27,34 +28,59 @@ def prepare(config: Config, arguments: Namespace) -> None:
     say(f"{directory}: {unit.rows}, leaks {report['leaks']}, duplicates {report['duplicates']}")
 
 
+def sources(config: Config) -> dict[Part, Any]:
+    """The raw table of each part that the task has."""
+    from llmkd.sources import read, sentences
+
+    task = config.task
+    found: dict[Part, Any] = {"train": read(task.train, seed=config.seed).slice(0, task.rows)}
+    if task.test:
+        found["test"] = read(task.test, seed=config.seed)
+    if asked := task.transfer:
+        table = read(asked.data, seed=config.seed)
+        columns = task.columns if asked.columns is None else asked.columns
+        if asked.sentences:
+            table = sentences(table, columns.get("text", "text"), *asked.sentences)
+        found["transfer"] = table.slice(0, asked.rows)
+    if "messages" in task.columns:
+        from llmkd.lm import chats_as_text
+
+        return {part: chats_as_text(table, task.columns["messages"], part) for part, table in found.items()}
+    return found
+
+
 def write_rows(config: Config, unit: run.Unit) -> None:
     import pyarrow.parquet as pq
 
     from llmkd import ranks, rows, tasks
 
     task = config.task
-    labels = task.labels or list(tasks.KINDS[task.kind].LABELS)  # a config without either is refused
+    labels = task.labels or list(tasks.KINDS[task.kind].LABELS or ())  # a config without either is refused
+    features, image = (asked.model_dump() if asked else None for asked in (task.features, task.image))
     tables, checks = {}, {}
-    parts: tuple[Literal["train", "test"], ...] = ("train", "test")
-    for part in parts:
-        if source := getattr(task, part):
-            tables[part], checks[part] = rows.canonical(
-                rows.read(source, seed=config.seed),
-                part=part,
-                kind=task.kind,
-                columns=task.columns,
-                label=task.label,
-                labels=labels,
-                label_values=task.label_values,
-                id_column=task.id,
-                extra=task.extra,
-                turns=task.turns,
-                empty=task.empty,
-            )
+    for part, source in sources(config).items():
+        further = task.transfer if part == "transfer" else None
+        tables[part], checks[part] = rows.canonical(
+            source,
+            part=part,
+            kind=task.kind,
+            columns=task.columns if further is None or further.columns is None else further.columns,
+            label=None if further or task.kind == "causal_lm" else task.label,
+            labels=labels,
+            label_values=task.label_values,
+            id_column=None if further else task.id,
+            extra=task.extra,
+            features=features,
+            image=image,
+            turns=task.turns,
+            empty="drop" if further else task.empty,
+        )
     table, report = rows.prepare(
         tables["train"],
         tables.get("test"),
+        transfer=tables.get("transfer"),
         kind=task.kind,
+        fields=tasks.content(task.kind, features or image),
         swap=task.swap,
         group=config.folds.group,
         folds=config.folds.count,

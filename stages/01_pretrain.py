@@ -5,14 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from llmkd import ranks, run
-from llmkd.config import Config, Model, Pretrain, TrainTokenizer
-from llmkd.stage import PRETRAIN, chosen, main, phases, prepared, pretrain_settings, say, text_settings
+from llmkd.errors import DataError
+from llmkd.schema import Config, Model, Pretrain, TrainTokenizer
+from llmkd.stage import (
+    PRETRAIN,
+    checkpoint,
+    chosen,
+    is_made,
+    main,
+    phases,
+    prepared,
+    pretrain_settings,
+    say,
+    text_settings,
+)
 
 
 def pretrain(config: Config, arguments: Namespace) -> None:
     for name in chosen(arguments.model, [model.name for model in config.models], "model"):
         model = next(model for model in config.models if model.name == name)
-        if model.init or phases(config, model):
+        if is_made(config, model):
             make(config, model)
         else:
             say(f"{name}: starts from {model.model} as it is")
@@ -22,8 +34,10 @@ def make(config: Config, model: Model) -> None:
     directory = Path(config.run) / PRETRAIN / model.name
     settings = pretrain_settings(config, model)
     inputs = {f"data {i}": run.source_digest(phase.data) for i, phase in enumerate(phases(config, model))}
-    supervised = any(phase.objective == "supervised" for phase in phases(config, model))
-    if model.init or supervised:  # a tokenizer is trained on the rows; other rows are held against test rows
+    inputs |= checkpoint(model)
+    held = config.task.kind == "causal_lm"
+    held |= any(phase.objective == "supervised" for phase in phases(config, model))
+    if model.init or held:  # a tokenizer is trained on the rows; other rows are held against test rows
         inputs["00_prepare"] = prepared(config)[2]
     if run.stands(directory, run.fingerprint(PRETRAIN, settings, inputs)):
         return say(f"{directory}: done")
@@ -32,7 +46,8 @@ def make(config: Config, model: Model) -> None:
     with run.writing(directory, PRETRAIN, settings, inputs, config.seed) as unit:
         source = start_from(config, model, unit.path / "model")
         for i, phase in enumerate(phases(config, model)):
-            history = run_phase(config, model, phase, source, unit.path)
+            checkpoints = unit.checkpoints / f"phase{i}"
+            history = run_phase(config, model, phase, source, unit.path, checkpoints)
             source = str(unit.path / "model")
             unit.metrics[f"phase {i}"] = history
             say(f"{directory}: {phase.objective} on {phase.data}, loss {history['loss'][-1]['loss']}")
@@ -41,20 +56,47 @@ def make(config: Config, model: Model) -> None:
 
 def start_from(config: Config, model: Model, directory: Path) -> str:
     """A checkpoint's name, or the directory of a model just made from its tiny config."""
-    if model.init is None:
+    if model.init is None and model.layers is None:
         assert model.model is not None
         return model.model
     if ranks.is_main():
+        (init if model.init else shorten)(config, model, directory)
+    ranks.barrier()
+    return str(directory)
+
+
+def shorten(config: Config, model: Model, directory: Path) -> None:
+    """A checkpoint with some of its layers only, as a smaller student's start."""
+    from llmkd.models.load import keep_layers
+
+    assert model.model
+    assert model.layers
+    keep_layers(model.model, model.layers, directory)
+
+
+def init(config: Config, model: Model, directory: Path) -> None:
+    """Random weights, with a tokenizer or features' spec that is fitted on training rows."""
+    assert model.init
+    table, labels, _ = prepared(config)
+    if model.is_net:
+        from llmkd import features
+        from llmkd.models.nets import init_net
+
+        task = config.task
+        train = table.filter(table["part"].to_numpy() == "train")
+        columns, image = (asked.model_dump() if asked else None for asked in (task.features, task.image))
+        spec = features.fit(train, columns, image)
+        init_net(model.init.architecture, model.init.config, spec, directory, labels=labels, seed=config.seed)
+    else:
         from llmkd.models.load import init_model, load_tokenizer, train_tokenizer
 
-        table, labels, _ = prepared(config)
         asked = model.init.tokenizer
         if isinstance(asked, TrainTokenizer):
             tokenizer = train_tokenizer(training_texts(config, table), asked.vocab_size)
         else:
             tokenizer = load_tokenizer(asked, model.pad_token)
         todo = phases(config, model)
-        causal = bool(todo) and todo[0].objective == "causal_lm"
+        causal = config.task.kind == "causal_lm" or (bool(todo) and todo[0].objective == "causal_lm")
         init_model(
             model.init.architecture,
             model.init.config,
@@ -64,21 +106,25 @@ def start_from(config: Config, model: Model, directory: Path) -> str:
             causal=causal,
             seed=config.seed,
         )
-    ranks.barrier()
-    return str(directory)
 
 
 def training_texts(config: Config, table: Any) -> list[str]:
     """The rows' own words, template included; test rows never shape a tokenizer."""
     from llmkd import tasks
 
+    if config.task.kind == "causal_lm":
+        from llmkd import lm
+
+        return lm.plain_texts(table, "messages" in config.task.columns)
     kind = tasks.KINDS[config.task.kind]
     rows = [row for row in table.to_pylist() if row["part"] == "train" and not row["swapped"]]
     template = config.task.template or kind.TEMPLATE
     return [template.format_map({**row, **kind.computed(row)}) for row in rows]
 
 
-def run_phase(config: Config, model: Model, phase: Pretrain, source: str, directory: Path) -> dict[str, Any]:
+def run_phase(
+    config: Config, model: Model, phase: Pretrain, source: str, directory: Path, checkpoints: Path
+) -> dict[str, Any]:
     """One phase from `source` into directory/model; an adapter is merged into a fresh float base."""
     from llmkd.models import continued
     from llmkd.models.pooling import resolve_precision
@@ -86,11 +132,19 @@ def run_phase(config: Config, model: Model, phase: Pretrain, source: str, direct
 
     trainer, batching = split(phase.training())
     training = arguments(directory, seed=config.seed, **trainer)
-    examples_of = causal_examples if phase.objective == "causal_lm" else supervised_examples
+    of = causal_examples if phase.objective == "causal_lm" else supervised_examples
+
+    def examples(tokenizer: Any) -> Any:
+        try:
+            return of(config, model, phase, tokenizer)
+        except DataError as error:  # it speaks of training rows, as stage 00's errors do
+            where = f"pretrain.{config.pretrain.index(phase)}.data = {phase.data}"
+            raise DataError(f"{where}: {str(error).removeprefix('train: ')}") from None
+
     return continued.pretrain(
         source,
         directory,
-        examples=lambda tokenizer: examples_of(config, model, phase, tokenizer),
+        examples=examples,
         causal=phase.objective == "causal_lm",
         labels=prepared(config)[1],
         lora=phase.lora.model_dump() if phase.lora else None,
@@ -100,6 +154,7 @@ def run_phase(config: Config, model: Model, phase: Pretrain, source: str, direct
         attention=model.attention,
         seed=config.seed,
         training=training,
+        checkpoints=checkpoints,
         **batching,
     )
 
@@ -107,7 +162,12 @@ def run_phase(config: Config, model: Model, phase: Pretrain, source: str, direct
 def causal_examples(config: Config, model: Model, phase: Pretrain, tokenizer: Any) -> Any:
     from llmkd.tasks.causal_lm import block_examples, read_texts
 
-    texts = read_texts(phase.data, phase.columns.get("text", "text"))[: phase.rows]
+    texts = read_texts(phase.data, phase.columns.get("text", "text"))
+    if config.task.kind == "causal_lm":  # the test rows judge what comes of it
+        from llmkd import lm
+
+        texts = lm.without_test_texts(texts, prepared(config)[0], "messages" in config.task.columns)
+    texts = texts[: phase.rows]
     return block_examples(texts, tokenizer, phase.max_tokens or model.max_tokens or config.task.max_tokens)
 
 

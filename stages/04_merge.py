@@ -4,8 +4,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from llmkd import ranks, units
-from llmkd.config import Config
-from llmkd.stage import base, main, prepared, say
+from llmkd.schema import Config
+from llmkd.stage import base, load_base, main, prepared, say
 
 
 def merge(config: Config, arguments: Namespace) -> None:
@@ -20,21 +20,23 @@ def merge(config: Config, arguments: Namespace) -> None:
     say(f"{recipe.directory}: {len(adapters)} folds merged by {config.merge.how}")
 
 
-def write_model(config: Config, source: str, adapters: list[Path], directory: Path) -> None:
+def write_model(config: Config, source: str, folds: list[Path], directory: Path) -> None:
+    """The folds in a fresh float base, beside what turns rows into its inputs and any exits' heads."""
     from llmkd.merge import merge_folds
-    from llmkd.models.load import DTYPES, load_classifier, load_tokenizer
+    from llmkd.models.exits import FILE, mean_exits, write_exits
+    from llmkd.models.load import DTYPES
 
-    tokenizer = load_tokenizer(source, config.student.pad_token)
-    model = load_classifier(
-        source,
-        prepared(config)[1],
-        load_in="fp32",
-        pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
-        seed=config.seed,
-    )
-    merge_folds(model, adapters, config.merge.how)
-    model.to(DTYPES[config.merge.dtype]).save_pretrained(directory)  # type: ignore[arg-type]
-    tokenizer.save_pretrained(directory)
+    model, reader = load_base(config, config.student, source, prepared(config)[1], "fp32")
+    merge_folds(model, folds, config.merge.how)
+    model.to(DTYPES[config.merge.dtype]).save_pretrained(directory)
+    if config.student.is_net:
+        from llmkd import features
+
+        features.save(reader, directory)
+    else:
+        reader.save_pretrained(directory)
+    if all((fold / FILE).is_file() for fold in folds):
+        write_exits(mean_exits(folds), directory)
 
 
 if __name__ == "__main__":

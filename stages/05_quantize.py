@@ -1,11 +1,12 @@
 """Stage 05: the merged student in 8 (or 4) bits by GPTQ, calibrated on training rows."""
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from llmkd import ranks, units
-from llmkd.config import Config
+from llmkd.schema import Config
 from llmkd.stage import MERGE, main, prepared, say, text_settings
 
 
@@ -17,9 +18,14 @@ def quantize(config: Config, arguments: Namespace) -> None:
     recipe = units.quantized(config)
     if recipe.stands:
         return say(f"{recipe.directory}: done")
+    from llmkd.models.exits import FILE
+
+    merged = Path(config.run) / MERGE / "model"
     with recipe.writing(config.seed, alone=True) as unit:
-        facts = write_model(config, Path(config.run) / MERGE / "model", unit.path / "model")
+        facts = write_model(config, merged, unit.path / "model")
         unit.metrics.update(facts)
+        if (merged / FILE).is_file():  # the exits' heads stay in float, as the model's own does
+            shutil.copy(merged / FILE, unit.path / "model" / FILE)
     say(f"{recipe.directory}: {facts}")
 
 
@@ -28,7 +34,7 @@ def write_model(config: Config, merged: Path, directory: Path) -> dict[str, Any]
     from llmkd.quantize import quantize_gptq
 
     assert config.quantize
-    asked = config.quantize
+    asked, causal = config.quantize, config.task.kind == "causal_lm"
     facts = quantize_gptq(
         merged,
         directory,
@@ -41,18 +47,21 @@ def write_model(config: Config, merged: Path, directory: Path) -> dict[str, Any]
         directory,
         title=f"{config.student.name}, distilled, {asked.bits}-bit",
         facts={
-            "teachers": ", ".join(teacher.model or teacher.name for teacher in config.teachers),
+            "teachers": ", ".join(
+                getattr(teacher, "model", None) or teacher.name for teacher in config.teachers
+            ),
             "student": config.student.model or config.student.name,
-            "teachers' logits": config.distill.view,
+            "teachers' logits": "of next tokens" if causal else config.distill.view,
             "loss terms": ", ".join(f"{weight:g} {name}" for name, weight in config.distill.terms.items()),
             "folds merged": config.folds.count,
             "bits": asked.bits,
             "group size": asked.group_size,
             "calibration rows": asked.calibration_rows,
-            "labels": ", ".join(prepared(config)[1]),
+            **({} if causal else {"labels": ", ".join(prepared(config)[1])}),
         },
         base_model=config.student.model,
         bits=asked.bits,
+        causal=causal,
     )
     return facts
 
@@ -66,6 +75,10 @@ def calibration(config: Config, merged: Path) -> list[list[int]]:
     from llmkd.tasks.template import encoder
 
     assert config.quantize
+    if config.task.kind == "causal_lm":
+        from llmkd import lm
+
+        return lm.calibration(config, merged)
     table, _, _ = prepared(config)
     train = np.flatnonzero(table["part"].to_numpy() == "train")
     count = min(config.quantize.calibration_rows, len(train))

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from llmkd import ranks, run, units
-from llmkd.config import Config, science
+from llmkd.config import science
 from llmkd.errors import ConfigError, DataError
+from llmkd.schema import Config
 from llmkd.stage import EVALUATE, MERGE, QUANTIZE, main, model_settings, prepared, say, text_settings
 
 
@@ -34,6 +35,8 @@ def judge_run(config: Config, settings: dict[str, Any]) -> None:
     stages = [MERGE, QUANTIZE] if config.quantize else [MERGE]
     paths = {{MERGE: "merged", QUANTIZE: "quantized"}[stage]: root / stage / "model" for stage in stages}
     with run.writing(root / EVALUATE, EVALUATE, settings, inputs, config.seed) as unit:
+        if config.task.kind == "causal_lm":
+            return judge_language(config, paths, unit, True)
         metrics = {**cached_scores(config), **artifact_scores(config, paths, unit.path)}
         finish(metrics, unit)
 
@@ -48,7 +51,18 @@ def judge_other(config: Config, artifact: Path, settings: dict[str, Any]) -> Non
         return say(f"{directory}: done")
     ranks.start()
     with run.writing(directory, EVALUATE, settings, inputs, config.seed) as unit:
+        if config.task.kind == "causal_lm":
+            return judge_language(config, {"artifact": artifact}, unit, False)
         finish(artifact_scores(config, {"artifact": artifact}, unit.path), unit)
+
+
+def judge_language(config: Config, paths: dict[str, Path], unit: run.Unit, whole: bool) -> None:
+    from llmkd.lm_judging import judge, summary
+
+    metrics = judge(config, paths, whole=whole)
+    if ranks.is_main():
+        run.write_json(unit.path / "metrics.json", metrics)
+    say(summary(metrics))
 
 
 def finish(metrics: dict[str, Any], unit: run.Unit) -> None:
@@ -63,24 +77,32 @@ def finish(metrics: dict[str, Any], unit: run.Unit) -> None:
 def fold_units(config: Config) -> dict[str, list[units.Recipe]]:
     """Whose folds left logits that are judged; the student last, after its baseline."""
     folds = range(config.folds.count)
-    found = {which.name: [units.teacher(config, which, fold) for fold in folds] for which in config.teachers}
+    leave = [which for which in config.teachers if which not in units.beside(config, config.student)]
+    found = {which.name: [units.teacher(config, which, fold) for fold in folds] for which in leave}
+    found |= {which.name: units.students(config, which=which) for which in config.students[:-1]}
     if config.distill.baseline:
         found["baseline"] = units.students(config, "baseline")
     return {**found, "student": units.students(config)}
 
 
 def cached_scores(config: Config) -> dict[str, Any]:
-    """Scores of all that left logits: teachers, the student's folds, the baseline's."""
+    """Scores of all that left logits: teachers and earlier students, peers, the baseline's and the
+    student's folds. At the top of each its own part: out of fold for a teacher, else on the test rows."""
     from llmkd import judging
 
     table, labels, _ = prepared(config)
     metrics: dict[str, Any] = {"teachers": {}}
     for whose, recipes in fold_units(config).items():
-        found = judging.folds(table, [recipe.directory / "logits.parquet" for recipe in recipes], labels)
+        directories = [recipe.directory for recipe in recipes]
+        found = judging.folds(table, [directory / "logits.parquet" for directory in directories], labels)
         if whose in ("student", "baseline"):
             metrics[whose] = {**found.pop("test"), **found}
         else:
-            metrics["teachers"][whose] = found
+            metrics["teachers"][whose] = {**found.pop("oof", found["test"]), **found}
+        for peer in config.peers if whose == "student" else ():
+            files = [directory / "peers" / peer.name / "logits.parquet" for directory in directories]
+            found = judging.folds(table, files, labels)
+            metrics.setdefault("peers", {})[peer.name] = {**found.pop("oof", found["test"]), **found}
     return metrics
 
 
@@ -95,22 +117,27 @@ def artifact_scores(config: Config, paths: dict[str, Path], directory: Path) -> 
     if not (test.labels >= 0).any():
         raise DataError(f"{config.task.test}: no row has a label, so nothing can be judged; name task.label")
     text, asked, metrics = text_settings(config, config.student), config.evaluate, dict[str, Any]()
-    text["max_tokens"] = asked.max_tokens or text["max_tokens"]
+    if asked.max_tokens:
+        text["max_tokens"] = asked.max_tokens
     if test.bayes is not None:
         metrics.update(bayes(test.bayes, test.labels))
     logits = {}
     for name, path in paths.items():
-        logits[name], metrics["latency"] = artifact_logits(
+        logits[name], metrics["latency"], outputs = artifact_logits(
             path,
             test.table,
             config.task.kind,
             batch_tokens=asked.batch_tokens,
             precision=asked.precision,
-            **text,
+            text=text,
         )
         metrics[name] = test.scores(logits[name])
         if asked.tta == "swap":
             metrics[f"{name}_tta"] = test.scores(logits[name], swap=True)
+    if outputs:  # of the last, which is the one that is shipped
+        metrics["outputs"] = {
+            name: {**test.scores(found), "rows_per_second": speed} for name, (found, speed) in outputs.items()
+        }
     metrics["padding_share"] = metrics["latency"].pop("padding_share")
     metrics["size_bytes"] = {name: size_bytes(path) for name, path in paths.items()}
     if {"merged", "quantized"} <= set(logits):

@@ -1,5 +1,6 @@
-"""Text for continued pretraining: every source read, every token kept, blocks that hold no padding."""
+"""Text for language models: every source read, every token kept, blocks without padding, chats' targets."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from llmkd.errors import DataError
-from llmkd.tasks.causal_lm import block_examples, read_texts
+from llmkd.errors import ConfigError, DataError
+from llmkd.tasks.causal_lm import (
+    block_examples,
+    chat_examples,
+    read_chats,
+    read_texts,
+    shared_vocabulary,
+    text_examples,
+)
 
 TEXTS = ["one text", "another, longer text with words", "a third"] * 20
 
@@ -78,3 +86,112 @@ def test_the_arena_gives_texts_by_its_seed() -> None:
     one, same, other = (read_texts(f"arena:rows=20,seed={seed}") for seed in (1, 1, 2))
     assert one == same != other
     assert len(one) >= 20
+
+
+# --- rows of their own, and chats
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": "some words"},
+    {"role": "assistant", "content": "a few more"},
+    {"role": "user", "content": "to learn"},
+    {"role": "assistant", "content": "of them"},
+]
+
+
+def chatting() -> Any:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def marked(examples: Any, index: int) -> list[bool]:
+    found: list[bool] = examples.beside["targets"](np.array([index]))["mask"][0].tolist()
+    return found
+
+
+def test_a_document_is_a_row_and_all_but_its_first_token_a_target() -> None:
+    tokenizer = tiny.tokenizer()
+    examples, counts = text_examples(TEXTS[:3], tokenizer, 8)
+    for i, text in enumerate(TEXTS[:3]):
+        whole = [*tokenizer(text)["input_ids"], 2]
+        assert row(examples, i) == whole[:8]
+        assert marked(examples, i) == [False] + [True] * (len(whole[:8]) - 1)
+    assert counts["cut"] == sum(len(tokenizer(text)["input_ids"]) + 1 > 8 for text in TEXTS[:3]) > 0
+    np.testing.assert_array_equal(examples.weights, examples.lengths - 1)
+
+
+def test_only_what_the_assistant_says_is_a_target() -> None:
+    tokenizer = chatting()
+    examples, counts = chat_examples([CHAT], tokenizer, 500)
+    said = [token for token, target in zip(row(examples, 0), marked(examples, 0), strict=True) if target]
+    assert tokenizer.decode(said) == "a few more <end>\nof them <end>\n"
+    assert tokenizer.decode(row(examples, 0)) == tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert examples.weights.tolist() == [len(said)]
+    assert counts == {"rows": 1, "cut": 0, "without_targets": 0}
+    prompt = tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert row(examples, 0)[: len(ids)] == ids, "the prompt as it is tokenized when it is answered"
+
+
+def test_an_unmasked_chat_is_all_targets() -> None:
+    examples, _ = chat_examples([CHAT], chatting(), 500, masked=False)
+    assert marked(examples, 0) == [False] + [True] * (int(examples.lengths[0]) - 1)
+
+
+def test_a_row_without_a_target_is_left_out_and_counted() -> None:
+    tokenizer = chatting()
+    silent = [{"role": "user", "content": "words"}]
+    late = [{"role": "user", "content": "words " * 40}, {"role": "assistant", "content": "a"}]
+    examples, counts = chat_examples([silent, CHAT, late], tokenizer, 60, ids=["x", "y", "z"])
+    assert list(examples.ids) == ["y"]
+    assert counts["without_targets"] == 2
+    with pytest.raises(DataError, match="none of 1 rows has a token to predict"):
+        chat_examples([silent], tokenizer, 60)
+
+
+def test_masks_are_padded_like_their_rows() -> None:
+    examples, _ = chat_examples([CHAT, CHAT[:2]], chatting(), 500)
+    both = np.array([1, 0])
+    mask = examples.beside["targets"](both)["mask"]
+    assert mask.shape == examples.inputs(both)["input_ids"].shape
+    assert mask[0].tolist()[: examples.lengths[1]] == marked(examples, 1)
+    assert not mask[0, examples.lengths[1] :].any()
+    assert mask[1].tolist() == marked(examples, 0)
+
+
+def test_a_template_that_rewrites_turns_is_refused_unless_all_is_target() -> None:
+    tokenizer = chatting()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ loop.length }};{% endfor %}"
+    with pytest.raises(DataError, match="chat chat-0000000: the chat template writes turn 1 otherwise"):
+        chat_examples([CHAT], tokenizer, 500)
+    assert chat_examples([CHAT], tokenizer, 500, masked=False)[1]["rows"] == 1
+
+
+def test_a_tokenizer_without_a_template_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no chat template; set one"):
+        chat_examples([CHAT], tiny.tokenizer(), 500)
+
+
+def test_chats_come_as_lists_or_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"messages": [CHAT, CHAT[:2]]}), path)
+    assert read_chats(str(path)) == [CHAT, CHAT[:2]]
+    pq.write_table(pa.table({"chat": [json.dumps(CHAT)]}), path)
+    assert read_chats(str(path), "chat") == [CHAT]
+    with pytest.raises(DataError, match=r"no column 'messages' among \['chat'\]"):
+        read_chats(str(path))
+    pq.write_table(pa.table({"messages": ["hello"]}), path)
+    with pytest.raises(DataError, match="row 0 of 'messages' is no list of role and content"):
+        read_chats(str(path))
+
+
+def test_a_vocabulary_is_shared_word_by_word() -> None:
+    one, same = tiny.tokenizer(), tiny.tokenizer()
+    other = tiny.tokenizer(["quite other text with others"], 280)
+    assert shared_vocabulary(one, {"t": same}) == len(one)
+    with pytest.raises(ConfigError, match=r"teacher u: another vocabulary \(\d+ words, the student's \d+;"):
+        shared_vocabulary(one, {"t": same, "u": other})

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from llmkd.config import Config, load, parse
+from llmkd.config import load, parse
 from llmkd.errors import ConfigError
+from llmkd.schema import Config
 
 MINIMAL = """
 run: runs/x
@@ -81,7 +82,7 @@ def test_unknown_keys_are_refused_everywhere(where: str) -> None:
     assert f"{where}epocs = 3: Extra inputs".replace("llama", "0") in found[0]
 
 
-@pytest.mark.parametrize("missing", ["run", "task", "teachers", "student"])
+@pytest.mark.parametrize("missing", ["run", "task", "student"])
 def test_required_keys(missing: str) -> None:
     data = {key: value for key, value in yaml.safe_load(MINIMAL).items() if key != missing}
     assert problems(yaml.safe_dump(data)) == [f"run.yaml: {missing}: Field required"]
@@ -109,6 +110,29 @@ def test_required_keys(missing: str) -> None:
         (["task.kind=classification"], "task.labels: name the classes in order"),
         (["task.columns={promt: q}"], "task.columns.promt: no such field"),
         (["task.max_words={answer: 9}"], "task.max_words.answer: no such field"),
+        (["task.template='{prompt} {answer}'"], "task.template: template names the unknown field {answer}"),
+        (["task.template='{prompt} {response_a}'"], "task.template: template lacks the field {response_b}"),
+        (
+            ["task.transfer=null", "distill.phases=[{rows: [transfer]}]"],
+            "phases.0.rows: 'transfer', but there",
+        ),
+        (["distill.phases=[{terms: {ce: 0, kl: 0, cosine: 0}}]"], "terms: weights must not all be 0"),
+        (["distill.method=mutual"], "distill.method = 'mutual': needs peers"),
+        (["peers=[{name: p, model: m}]"], "peers: only distill.method: mutual trains them"),
+        (["distill.method=feature"], "distill.features: belong to method: feature"),
+        (
+            ["distill.method=online", "distill.view=oof"],
+            "distill.view = 'oof': an online teacher is the fold's own",
+        ),
+        (
+            ["student.teachers=[gemma]"],
+            "student.teachers: 'gemma' is not trained before 'gemma': a chain in a circle",
+        ),
+        (["student.teachers=[nobody]"], "student.teachers: no teacher or earlier student named 'nobody'"),
+        (["student.distill={epocs: 1}"], "student.distill.epocs: Extra inputs"),
+        (["distill.params={jsd: {beta: 0.5}}"], "params: ['jsd'] are no terms of a weight above 0"),
+        (["distill.weighting=fitted", "folds.count=1"], "distill.weighting = 'fitted': needs out-of-fold"),
+        (["task.features={numeric: [x]}"], "task.features: belongs to kind: tabular"),
         (["task.labels=[x, x]"], "task.labels = ['x', 'x']: names must differ"),
     ],
 )
@@ -116,6 +140,39 @@ def test_crosschecks(overrides: list[str], message: str) -> None:
     found = problems(MINIMAL, *overrides)
     assert len(found) == 1
     assert message in found[0]
+
+
+CHAIN = MINIMAL.replace(
+    "student: {name: gemma, model: google/gemma}",
+    """students:
+- {name: big, model: b}
+- {name: small, model: s, teachers: [%s]}
+""",
+)
+
+
+def test_a_chain_runs_one_way() -> None:
+    config = parse(CHAIN % "llama, big", ["distill.epochs=3", "students.small.distill.epochs=7"])
+    assert [config.teachers_of(student) for student in config.students] == [["llama"], ["llama", "big"]]
+    assert [config.distill_of(student).epochs for student in config.students] == [3, 7]
+    assert config.student.name == "small"
+    found = problems(CHAIN.replace("model: b", "model: b, teachers: [small]") % "big")
+    assert len(found) == 1
+    assert "students.0.teachers: 'small' is not trained before 'big': a chain in a circle" in found[0]
+
+
+def test_phases_keep_what_they_do_not_name() -> None:
+    config = parse(
+        MINIMAL, ["distill.phases=[{terms: {kl: 0}}, {epochs: 5, rows: [train]}]", "distill.terms.ce=2"]
+    )
+    first, second = config.distill.in_phases()
+    assert first.terms == {"ce": 2, "kl": 0, "cosine": 1}
+    assert (first.epochs, second.epochs, second.rows) == (2, 5, ["train"])
+    assert second.terms == {"ce": 2, "kl": 1, "cosine": 1}
+
+
+def test_student_and_students_are_not_both_given() -> None:
+    assert "give student: or students:, not both" in problems(MINIMAL + "students: [{name: x, model: y}]")[0]
 
 
 def test_several_crosschecks_are_told_at_once() -> None:
@@ -161,7 +218,7 @@ def test_what_the_crosschecks_must_let_pass(overrides: list[str]) -> None:
         ("student.name=../escape", "student.name = '../escape': use letters, digits"),
         ("student.name=a b", "student.name = 'a b': use letters"),
         ("student.name=", "student.name = None"),
-        ("teachers=[]", "teachers = []"),
+        ("teachers=[]", "teachers: none, and distill.method = 'cached' learns from at least one"),
         ("distill.terms={ce: 0, kl: 0, cosine: 0}", "must not all be 0"),
         ("distill.betas=[1.5, 0.9]", "distill.betas.0 = 1.5"),
         ("quantize.group_size=0", "quantize.group_size = 0"),
@@ -205,11 +262,15 @@ def value_at(config: Config, path: str) -> Any:
         ("distill.terms={ce: 1e-4}", "distill.terms.ce", 1e-4),
         (
             "student.init={architecture: llama, config: {rms_norm_eps: 1e-6}}",
-            "student.init.config.rms_norm_eps",
+            "students.0.init.config.rms_norm_eps",
             1e-6,
         ),
         ("task.swap=true", "task.swap", True),
-        ("task.template='{prompt}=x'", "task.template", "{prompt}=x"),
+        (
+            "task.template='{prompt}=x{response_a}{response_b}'",
+            "task.template",
+            "{prompt}=x{response_a}{response_b}",
+        ),
         ("quantize=null", "quantize", None),
         ("run=runs/y", "run", "runs/y"),
     ],
@@ -282,7 +343,7 @@ def test_a_config_cannot_be_changed_afterwards() -> None:
 def test_json_schema_is_closed_and_knows_the_machine_fields() -> None:
     schema = Config.model_json_schema()
     assert schema["additionalProperties"] is False
-    assert set(schema["required"]) == {"run", "task", "teachers", "student"}
+    assert set(schema["required"]) == {"run", "task", "students"}
     assert schema["$defs"]["Distill"]["properties"]["batch_tokens"]["machine"] is True
 
 

@@ -1,6 +1,7 @@
 """Folds and views: which rows a model is trained on, judged on, and taught about."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import tiny
 
 from llmkd import crossfit, logits
-from llmkd.crossfit import fit_fold, teacher_logits, view_rows
+from llmkd.crossfit import Fit, fit_fold, fit_in_turn, learning_rows, teacher_logits, view_rows
 from llmkd.errors import CacheError
+from llmkd.methods.cached import Cached
 from llmkd.objective import HARD
 
 COUNT = 3
@@ -56,7 +58,7 @@ def test_views_part_the_rows_and_keep_both_orders_together() -> None:
     for fold in range(COUNT):
         views = view_rows(table, fold, COUNT)
         assert sorted(np.concatenate(list(views.values()))) == list(range(len(table)))
-        assert {len(at) for at in views.values()} == {6, 12}
+        assert [len(views[name]) for name in ("oof", "in_sample", "test", "transfer")] == [6, 12, 6, 0]
         assert not set(stems[views["oof"]]) & set(stems[views["in_sample"]])
         assert set(table["fold"].to_numpy()[views["oof"]]) == {fold}
 
@@ -142,35 +144,48 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
-def folded(table: pa.Table, fold: int, directory: Path, **more: Any) -> tuple[Any, ...]:
+def fit_of(
+    model: Any,
+    table: pa.Table,
+    fold: int,
+    directory: Path,
+    *,
+    examples: Any = None,
+    objective: Any = HARD,
+    count: int = COUNT,
+    parts: tuple[str, ...] = ("train",),
+    **training: Any,
+) -> Fit:
+    soft = bool(objective.teachers)
+    rows = learning_rows(table, fold, count, parts, soft=soft)
+    asked = tiny.training(directory, **{"learning_rate": 1e-2, **training})
+    batching = {"batch_rows": 4, "batch_tokens": 64, "evaluations": 1}
+    examples = tiny.examples(len(table)) if examples is None else examples
+    return Fit(Cached(model, objective), objective, examples, rows, asked, batching)
+
+
+def folded(
+    table: pa.Table, fold: int, directory: Path, count: int = COUNT, views: Any = None, **more: Any
+) -> tuple[Any, ...]:
     from llmkd.models.lora import add_lora, trainable_state
 
-    model = add_lora(tiny.classifier(), r=2, alpha=4)
+    model = more.pop("model", None) or add_lora(tiny.classifier(), r=2, alpha=4)
     directory.mkdir()
-    return (
+    fits = [fit_of(model, table, fold, directory, count=count, **more)]
+    found = fit_fold(
         model,
-        fit_fold(
-            model,
-            trainable_state(model),
-            HARD,
-            more.pop("examples", tiny.examples(len(table))),
-            table,
-            fold,
-            directory,
-            **{
-                "count": COUNT,
-                "views": ["oof", "in_sample", "test"],
-                "name": "x",
-                "labels": tiny.LABELS,
-                "training": tiny.training(directory, learning_rate=1e-2),
-                "precision": "fp32",
-                "batch_rows": 4,
-                "batch_tokens": 64,
-                "evaluations": 1,
-                **more,
-            },
-        ),
+        more.pop("start", None) or trainable_state(model),
+        fits,
+        table,
+        fold,
+        directory,
+        count=count,
+        views=views or ["oof", "in_sample", "test"],
+        name="x",
+        labels=tiny.LABELS,
+        precision="fp32",
     )
+    return model, found
 
 
 def test_a_fold_trains_on_the_others_and_is_judged_on_its_own(
@@ -195,6 +210,8 @@ def test_a_fold_leaves_its_adapter_and_the_logits_it_gives(tmp_path: Path) -> No
     _, _ = folded(table, 1, tmp_path / "fold1", examples=examples)
     loaded = PeftModel.from_pretrained(tiny.classifier(), tmp_path / "fold1" / "adapter")
     for view, at in view_rows(table, 1, COUNT).items():
+        if view == "transfer":  # there are none
+            continue
         ids = [examples.ids[row] for row in at]
         found = logits.read(tmp_path / "fold1" / "logits.parquet", view, ids, labels=tiny.LABELS)
         np.testing.assert_allclose(found, predict(loaded, examples, at, 64), atol=1e-5)
@@ -212,8 +229,7 @@ def test_a_fold_starts_where_every_fold_starts(tmp_path: Path) -> None:
         metrics, _ = fit_fold(
             model,
             start,
-            HARD,
-            tiny.examples(24),
+            [fit_of(model, table, fold, tmp_path)],
             table,
             fold,
             tmp_path / name,
@@ -221,11 +237,7 @@ def test_a_fold_starts_where_every_fold_starts(tmp_path: Path) -> None:
             views=["test"],
             name="x",
             labels=tiny.LABELS,
-            training=tiny.training(tmp_path, learning_rate=1e-2),
             precision="fp32",
-            batch_rows=4,
-            batch_tokens=64,
-            evaluations=1,
         )
         losses.append([entry["loss"] for entry in metrics["loss"]])
     assert losses[0] == losses[2] != losses[1]
@@ -245,53 +257,85 @@ def test_one_fold_is_trained_on_everything_and_judged_on_nothing(
 def test_rows_without_a_label_teach_only_where_there_are_teachers(
     teachers: bool, tmp_path: Path, spied: list[dict[str, Any]]
 ) -> None:
-    from dataclasses import replace
-
     from llmkd.objective import Objective
 
-    examples = tiny.examples(24)
-    examples = replace(examples, labels=np.where(np.arange(24) % 2, examples.labels, -1))
-    table, objective = rows(), HARD
+    table = rows()
+    labels = np.where(np.arange(24) % 2, table["label"].to_numpy(), -1)
+    table = table.set_column(5, "label", pa.array(labels))
+    examples, objective = replace(tiny.examples(24), labels=labels.astype(np.int64)), HARD
     if teachers:
         examples = examples.with_teachers(np.zeros((24, 1, 3), dtype=np.float32))
         objective = Objective({"ce": 1, "kl": 1}, ["x"], [1], [1])
-    from llmkd.models.lora import add_lora, trainable_state
-
-    model = add_lora(tiny.classifier(), r=2, alpha=4)
-    fit_fold(
-        model,
-        trainable_state(model),
-        objective,
-        examples,
-        table,
-        0,
-        tmp_path,
-        count=COUNT,
-        views=["oof"],
-        name="x",
-        labels=tiny.LABELS,
-        training=tiny.training(tmp_path),
-        precision="fp32",
-        batch_rows=4,
-        batch_tokens=64,
-        evaluations=1,
-    )
+    folded(table, 0, tmp_path / "fold0", examples=examples, objective=objective, views=["oof"])
     assert len(spied[0]["train"]) == (12 if teachers else 6)
     assert (examples.labels[list(spied[0]["dev"])] == -1).any(), "the fold has rows that cannot judge it"
+
+
+def with_transfer(table: pa.Table) -> pa.Table:
+    """The test rows stand in for a third part without labels."""
+    part = np.where(table["part"].to_numpy() == "test", "transfer", table["part"].to_numpy())
+    return table.set_column(table.column_names.index("part"), "part", pa.array(part))
+
+
+def test_unlabelled_rows_teach_by_soft_labels_alone(tmp_path: Path) -> None:
+    table = with_transfer(rows())
+    assert len(learning_rows(table, 0, COUNT, ["train", "transfer"], soft=True)) == 12 + 6
+    assert len(learning_rows(table, 0, COUNT, ["train", "transfer"], soft=False)) == 12
+    labels = crossfit.training_labels(table)
+    assert set(labels[table["part"].to_numpy() == "transfer"]) == {-1}
+    assert (labels[table["part"].to_numpy() == "train"] == table["label"].to_numpy()[labels >= 0]).all()
+
+
+@pytest.mark.parametrize(("view", "folds"), [("in_sample", [1]), ("oof", [0, 2])])
+def test_of_rows_that_no_teacher_saw_the_mean_of_the_view_s_teachers_is_read(
+    view: str, folds: list[int], tmp_path: Path
+) -> None:
+    from scipy.special import softmax
+
+    table = with_transfer(rows())
+    where = {"x": cached(table, tmp_path, COUNT, "x")}
+    parts = ["train", "transfer"]
+    found = teacher_logits(table, where, 1, count=COUNT, view=view, labels=tiny.LABELS, parts=parts)
+    at = view_rows(table, 1, COUNT)["transfer"]
+    expected = [softmax(np.stack([0 * at + fold, 0 * at + 3, at], -1), axis=-1) for fold in folds]
+    np.testing.assert_allclose(softmax(found[at, 0], axis=-1), np.mean(expected, axis=0), atol=1e-6)
+
+
+def test_fits_in_turn_go_on_from_one_another_and_the_best_of_all_is_kept(tmp_path: Path) -> None:
+    from llmkd.models.lora import trainable_state
+
+    table, model = rows(), tiny.classifier()
+    first, ruinous = (
+        fit_of(model, table, 0, tmp_path),
+        fit_of(model, table, 0, tmp_path, learning_rate=5.0),
+    )
+    dev = np.flatnonzero(table["fold"].to_numpy() == 0)
+    alone = fit_in_turn([first], dev)
+    state = trainable_state(first.method)
+    again = fit_in_turn([replace(first, rows=first.rows[:1], training=first.training), ruinous], dev)
+    assert [len(again["phases"]), again["steps"]] == [2, 1 + alone["steps"]]
+    assert again["best"] == min(history["best"] for history in again["phases"])
+    assert again["phases"][1]["best"] > again["best"], "the second fit ruins the model"
+    kept = trainable_state(ruinous.method)
+    assert kept.keys() == state.keys()
+    from llmkd.train import dev_log_loss
+
+    assert dev_log_loss(model, first.examples, dev, 64, "fp32") == pytest.approx(again["best"], abs=1e-6)
 
 
 def test_text_becomes_examples_in_the_tokenizer_s_own_tokens() -> None:
     table = pa.table(
         {
-            "id": ["x", "y"],
-            "label": pa.array([0, -1], pa.int32()),
-            "text": ["some words to learn", "and " * 60],
+            "id": ["x", "y", "z"],
+            "part": ["train", "train", "test"],
+            "label": pa.array([0, -1, 1], pa.int32()),
+            "text": ["some words to learn", "and " * 60, "a test row's label is not to be seen"],
         }
     )
     tokenizer = tiny.tokenizer()
     found = crossfit.text_examples(table, tokenizer, "classification", template="{text}", max_tokens=12)
-    assert list(found.ids) == ["x", "y"]
-    assert found.labels.tolist() == [0, -1]
+    assert list(found.ids) == ["x", "y", "z"]
+    assert found.labels.tolist() == [0, -1, -1]
     assert found.lengths.max() <= 12
     ids = found.inputs(np.array([0]))["input_ids"][0].tolist()
     assert ids == tokenizer("some words to learn")["input_ids"]

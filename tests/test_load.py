@@ -13,15 +13,17 @@ import torch
 from llmkd.errors import ModelError
 from llmkd.merge import merge_folds
 from llmkd.methods.cached import Cached
+from llmkd.models.artifact import load_artifact
 from llmkd.models.load import (
     check_budget,
     init_model,
+    keep_layers,
     load_causal_lm,
     load_classifier,
     load_tokenizer,
     train_tokenizer,
 )
-from llmkd.models.lora import add_lora, load_trainable, save_trained, trainable, trainable_state
+from llmkd.models.lora import add_lora, head_modules, load_trainable, save_trained, trainable, trainable_state
 from llmkd.objective import HARD
 from llmkd.train import fit, predict
 
@@ -154,6 +156,195 @@ def test_an_adapter_over_a_quantized_base_merges_into_a_float_one(load_in: str, 
     found, expected = (predict(one, examples, ALL, 64) for one in (merged, beside))
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.abs(found - predict(load(tmp_path / "base"), examples, ALL, 64)).mean() > 0.1
+
+
+ODD: dict[str, dict[str, Any]] = {
+    **tiny.CONFIGS,
+    "roberta": tiny.SIZES,
+    "distilbert": {"vocab_size": 64, "dim": 32, "hidden_dim": 32, "n_layers": 1, "n_heads": 2},
+    "xlnet": {"vocab_size": 64, "d_model": 32, "d_inner": 32, "n_layer": 1, "n_head": 2},
+}
+
+NEW_PARTS = {
+    "roberta": {"classifier"},
+    "distilbert": {"pre_classifier", "classifier"},
+    "xlnet": {"sequence_summary", "logits_proj"},
+}
+
+
+@pytest.fixture(params=[name for name in ODD if name != "qwen2"])  # Llama again, but for a bias
+def headless(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A backbone alone, as hubs hold them: neither head nor, for an encoder, a pooler."""
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(3)
+    more = {"initializer_range": 0.2}
+    model = AutoModel.from_config(AutoConfig.for_model(request.param, **{**ODD[request.param], **more}))
+    state = {name: tensor for name, tensor in model.state_dict().items() if "pooler" not in name}
+    model.save_pretrained(tmp_path / request.param, state_dict=state)
+    return tmp_path / request.param
+
+
+def precision(architecture: str) -> str:
+    """XLNet's own code mixes float32 into a base of fewer bits, which only autocast mends."""
+    return "bf16" if architecture == "xlnet" else "fp32"
+
+
+def test_any_classifier_goes_from_adapter_to_artifact(headless: Path, tmp_path: Path) -> None:
+    """What had to start at random, head or pooler, is trained, saved, averaged and there after reload."""
+    from peft import PeftModel
+
+    examples = tiny.examples()
+    model = add_lora(load(headless, "bf16"), r=4, alpha=8)
+    due = (
+        {"classifier", "bert.pooler"} if headless.name == "bert" else NEW_PARTS.get(headless.name, {"score"})
+    )
+    assert due <= set(model.peft_config["default"].modules_to_save)  # type: ignore[union-attr, index, arg-type]
+    start, folds = trainable_state(model), [tmp_path / "one", tmp_path / "two"]
+    for seed, fold in enumerate(folds):
+        load_trainable(model, start)
+        training = tiny.training(tmp_path, learning_rate=1e-2, seed=seed)
+        method = Cached(model, HARD, precision(headless.name))
+        fit(method, examples, ALL, training, batch_rows=8, batch_tokens=256)
+        save_trained(model, trainable_state(model), fold)
+    one = merge_folds(load(headless), folds[:1])
+    beside = PeftModel.from_pretrained(load(headless), folds[0])
+    expected = predict(beside, examples, ALL, 256)
+    np.testing.assert_allclose(predict(one, examples, ALL, 256), expected, atol=1e-4)
+    assert np.abs(expected - predict(load(headless), examples, ALL, 256)).max() > 0.02
+    merged = merge_folds(load(headless), folds)
+    states = [merge_folds(load(headless), [fold]).state_dict() for fold in folds]
+    for name, weight in merged.state_dict().items():
+        torch.testing.assert_close(weight, (states[0][name] + states[1][name]) / 2, msg=name)
+    merged.save_pretrained(tmp_path / "merged")
+    tiny.tokenizer().save_pretrained(tmp_path / "merged")
+    reloaded, _ = load_artifact(tmp_path / "merged")
+    np.testing.assert_array_equal(*(predict(m, examples, ALL, 256) for m in (merged, reloaded)))
+
+
+@pytest.mark.parametrize("load_in", ["nf4", "int8"])
+def test_heads_and_new_poolers_are_never_quantized(headless: Path, load_in: str) -> None:
+    model = load(headless, load_in)
+    for name, module in model.named_modules():
+        if "Linear" in type(module).__name__:
+            packed = type(module) is not torch.nn.Linear
+            assert packed == (".layer" in name or name.startswith("layers")), name
+    examples = tiny.examples()
+    history = fit(
+        Cached(add_lora(model, r=4, alpha=8), HARD, precision(headless.name)),
+        examples,
+        ALL,
+        tiny.training(headless),
+        batch_rows=24,
+        batch_tokens=512,
+    )
+    assert history["steps"] == 1
+
+
+@pytest.mark.parametrize("load_in", ["nf4", "int8"])
+def test_a_pooler_beside_shared_blocks_is_not_quantized(load_in: str, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.AlbertConfig(
+        **{**tiny.SIZES, "num_hidden_layers": 2, "embedding_size": 16, "num_labels": 3}
+    )
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    model = load(tmp_path, load_in)
+    assert type(model.albert.pooler) is type(model.classifier) is torch.nn.Linear
+    assert type(model.albert.encoder.albert_layer_groups[0].albert_layers[0].ffn) is not torch.nn.Linear
+
+
+def source_of(architecture: str, auto: str, directory: Path, **more: Any) -> Path:
+    import transformers
+
+    torch.manual_seed(4)
+    deep = (
+        {"n_layer": 4} if architecture == "xlnet" else {"n_layers": 4} if architecture == "distilbert" else {}
+    )
+    settings = {**ODD[architecture], **(deep or {"num_hidden_layers": 4}), "num_labels": 3, **more}
+    config = transformers.AutoConfig.for_model(architecture, **settings)
+    getattr(transformers, auto).from_config(config).save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return directory
+
+
+@torch.no_grad()
+def states(model: Any) -> Any:
+    """Hidden states and, of a classifier or causal LM, logits for some ids."""
+    ids = torch.arange(5, 29).view(2, 12)
+    return model.eval()(input_ids=ids, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("architecture", ODD)
+def test_all_layers_kept_are_the_whole_classifier(architecture: str, tmp_path: Path) -> None:
+    source = source_of(architecture, "AutoModelForSequenceClassification", tmp_path / "source")
+    keep_layers(str(source), [0, 1, 2, 3], tmp_path / "kept")
+    whole, kept = (states(load(path)) for path in (source, tmp_path / "kept"))
+    torch.testing.assert_close(kept.logits, whole.logits, rtol=0, atol=0)
+    found = load_tokenizer(str(tmp_path / "kept"))
+    assert found("some words")["input_ids"] == tiny.tokenizer()("some words")["input_ids"]
+
+
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForSequenceClassification", "AutoModelForCausalLM"])
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "llama", "gemma2"])
+def test_the_first_layers_kept_end_where_the_whole_models_do(
+    architecture: str, auto: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    if auto == "AutoModelForCausalLM" and architecture in ("bert", "distilbert"):
+        auto = "AutoModelForMaskedLM"
+    source = source_of(architecture, auto, tmp_path / "source")
+    keep_layers(str(source), [0, 1], tmp_path / "kept")
+    whole = transformers.AutoModel.from_pretrained(source)
+    kept = transformers.AutoModel.from_pretrained(tmp_path / "kept")
+    assert kept.config.num_hidden_layers == 2
+    expected = states(whole).hidden_states[2]
+    if architecture in ("llama", "gemma2"):
+        expected = whole.norm(expected)  # a decoder's last state is normed
+    torch.testing.assert_close(states(kept).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+    assert load(tmp_path / "kept").config.num_labels == 3
+
+
+def test_layers_are_kept_in_the_order_asked_with_what_the_config_says_of_each(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    source = source_of("gemma2", "AutoModelForCausalLM", tmp_path / "source", layer_types=kinds)
+    keep_layers(str(source), [3, 1, 1], tmp_path / "kept")
+    whole, kept = load(source), load(tmp_path / "kept")
+    assert kept.config.layer_types == ["sliding_attention", "full_attention", "full_attention"]
+    for at, of in enumerate([3, 1, 1]):
+        for name, weight in kept.model.layers[at].state_dict().items():
+            assert torch.equal(weight, whole.model.layers[of].state_dict()[name]), name
+    causal = load_causal_lm(str(tmp_path / "kept"), load_in="fp32")
+    assert torch.isfinite(states(causal).logits).all()
+
+
+def test_a_pooler_that_was_not_there_is_not_written_as_if_it_were(tmp_path: Path) -> None:
+    source = source_of("bert", "AutoModelForMaskedLM", tmp_path / "source")
+    keep_layers(str(source), [0, 2], tmp_path / "kept")
+    assert head_modules(load(tmp_path / "kept")) == ["classifier", "bert.pooler"]
+    trained = source_of("bert", "AutoModelForSequenceClassification", tmp_path / "trained")
+    keep_layers(str(trained), [0, 2], tmp_path / "again")
+    assert head_modules(load(tmp_path / "again")) == ["classifier"]
+
+
+@pytest.mark.parametrize("layers", [[0, 4], [-1], []])
+def test_a_layer_that_does_not_exist_is_refused(layers: list[int], tmp_path: Path) -> None:
+    source = source_of("llama", "AutoModel", tmp_path / "source")
+    with pytest.raises(ModelError, match=r"name layers of its 4, 0 to 3") as error:
+        keep_layers(str(source), layers, tmp_path / "kept")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_model_without_one_list_of_blocks_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.AlbertConfig(**{**tiny.SIZES, "num_hidden_layers": 2, "embedding_size": 16})
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "albert")  # blocks share weights
+    tiny.tokenizer().save_pretrained(tmp_path / "albert")
+    with pytest.raises(ModelError, match="has no one list of 2 blocks"):
+        keep_layers(str(tmp_path / "albert"), [0], tmp_path / "kept")
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -27,8 +27,23 @@ CONFIGS = {
     "qwen2": DECODER,
     "gemma2": {**DECODER, "head_dim": 8},
     "bert": SIZES,
+    "roberta": SIZES,
+    "distilbert": {
+        "vocab_size": 64,
+        "dim": 32,
+        "hidden_dim": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "num_labels": 3,
+    },
+    "xlnet": {"vocab_size": 64, "d_model": 32, "d_inner": 64, "n_layer": 2, "n_head": 4, "num_labels": 3},
 }
-HEAD = {"llama": "score", "qwen2": "score", "gemma2": "score", "bert": "classifier"}
+HEADS = {
+    **{decoder: ["score"] for decoder in ("llama", "qwen2", "gemma2")},
+    **{encoder: ["classifier"] for encoder in ("bert", "roberta")},
+    "distilbert": ["pre_classifier", "classifier"],
+    "xlnet": ["sequence_summary", "logits_proj"],
+}
 ARCHITECTURES = list(CONFIGS)
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -81,17 +96,21 @@ def test_what_is_trained_is_float32_over_a_bf16_base(base: Path) -> None:
 
 def test_the_head_and_every_linear_layer_are_trained_and_nothing_else(base: Path) -> None:
     names, plain = list(trainable(adapted(base))), load(base)
-    head = HEAD[base.name]
+    heads = tuple(f"{head}." for head in HEADS[base.name])
     linear = {
-        name for name, module in plain.named_modules() if isinstance(module, nn.Linear) and name != head
+        name
+        for name, module in plain.named_modules()
+        if isinstance(module, nn.Linear) and not f"{name}.".startswith(heads)
     }
     adapters = [name for name in names if ".lora_" in name]
     with_adapter = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in adapters}
     assert with_adapter == linear
-    assert {name for name in names if ".lora_" not in name} <= {
-        f"base_model.model.{head}.modules_to_save.default.{kind}" for kind in ("weight", "bias")
+    whole = {
+        name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+        for name in set(names) - set(adapters)
     }
-    assert any(head in name for name in names)
+    assert whole == {name for name, _ in plain.named_parameters() if name.startswith(heads)}
+    assert {name.partition(".")[0] for name in whole} == set(HEADS[base.name])
 
 
 def test_alpha_over_r_scales_the_adapter(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmkd.losses import ce, cosine, kl
+from llmkd.losses import ce, cosine, dkd, jsd, kl
 from llmkd.objective import HARD, Objective
 
 B, N, C = 6, 2, 3
@@ -78,3 +78,59 @@ def test_bf16_logits_give_a_float32_loss(batch: tuple[Tensor, Tensor, Tensor]) -
     z, y, v = batch
     loss, _ = Objective(DEFAULT, ("a", "b"), (1.0, 1.0), (1.0, 1.0))(z.bfloat16(), y, v)
     assert loss.dtype == torch.float32
+
+
+def test_terms_get_their_parameters_and_dkd_the_labels(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, y, v = batch
+    params = {"jsd": {"beta": 0.3}, "dkd": {"beta": 2.0}}
+    terms = {"jsd": 2.0, "dkd": 0.5}
+    loss, parts = Objective(terms, ("a",), (1.0,), (2.0,), params=params)(z, y, v)
+    torch.testing.assert_close(parts["jsd/a"], jsd(z, v[:, 0], 2.0, beta=0.3))
+    torch.testing.assert_close(parts["dkd/a"], dkd(z, v[:, 0], 2.0, labels=y, beta=2.0))
+    torch.testing.assert_close(loss, (2 * parts["jsd/a"] + 0.5 * parts["dkd/a"]) / 2.5)
+
+
+def test_a_second_head_takes_the_soft_terms(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, y, v = batch
+    hard, soft = z.clone().requires_grad_(), (-z).requires_grad_()
+    loss, parts = Objective(DEFAULT, ("a", "b"), (1.0, 1.0), (1.0, 2.0))(hard, y, v, soft)
+    torch.testing.assert_close(parts["ce"], ce(z, y))
+    torch.testing.assert_close(parts["kl/b"], kl(-z, v[:, 1], 2.0))
+    torch.testing.assert_close(loss, sum(parts.values()) / 5)
+    grad = torch.autograd.grad(loss.sum(), (hard, soft))
+    assert all(g.abs().sum() > 0 for g in grad)
+    torch.testing.assert_close(grad[0], torch.autograd.grad(ce(hard, y).sum() / 5, hard)[0])
+
+
+@pytest.mark.parametrize("weighting", ["confidence", "entropy", "ce"])
+def test_weights_by_row_multiply_each_teachers_terms(
+    batch: tuple[Tensor, Tensor, Tensor], weighting: str
+) -> None:
+    z, y, v = batch
+    p = v.softmax(-1)  # (B, N, C)
+    counts = {
+        "confidence": p.amax(-1),
+        "entropy": (p * p.log()).sum(-1).exp(),
+        "ce": p[torch.arange(B), :, y],
+    }[weighting]
+    shares = torch.tensor([0.5, 2.0]) * counts  # (B, N)
+    shares = 2.5 * shares / shares.sum(-1, keepdim=True)
+    loss, parts = Objective(DEFAULT, ("a", "b"), (0.5, 2.0), (1.0, 3.0), weighting=weighting)(z, y, v)
+    soft = sum(shares[:, i] * (kl(z, v[:, i], t) + cosine(z, v[:, i], t)) for i, t in enumerate((1.0, 3.0)))
+    torch.testing.assert_close(loss, (ce(z, y) + soft) / (1 + 2 * 2.5))
+    torch.testing.assert_close(parts["kl/a"], kl(z, v[:, 0]))
+
+
+def test_ce_weights_are_the_fixed_ones_on_rows_without_a_label(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, y, v = batch
+    y = torch.where(torch.arange(B) % 2 == 0, y, -1)
+    fixed, by_row = (
+        Objective(DEFAULT, ("a", "b"), (0.5, 2.0), (1.0, 1.0), weighting=how)(z, y, v)[0]
+        for how in ("fixed", "ce")
+    )
+    assert torch.isclose(fixed, by_row).tolist() == [False, True] * 3
+
+
+def test_hard_needs_no_teacher_whatever_the_weighting(batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, y, _ = batch
+    torch.testing.assert_close(Objective({"ce": 1.0}, weighting="entropy")(z, y)[0], ce(z, y))

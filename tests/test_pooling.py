@@ -1,11 +1,23 @@
 """The last real token by the mask: padding of either side, pad == eos and full rows change no logit."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from llmkd.models.lora import add_lora
-from llmkd.models.pooling import autocast, class_logits, last_real_token, resolve_precision
+from llmkd.models.pooling import (
+    autocast,
+    class_logits,
+    depth,
+    head_logits,
+    last_real_token,
+    logits_and_states,
+    pooled,
+    resolve_precision,
+    without_dropout,
+)
 
 EOS = 2  # also the pad token
 SIZES = {
@@ -112,6 +124,57 @@ def test_a_float32_head_over_a_bf16_backbone(architecture: str, precision: str) 
     found.sum().backward()
     expected = class_logits(classifier(architecture), **padded(ROWS, "right"))
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("architecture", [*DECODERS, "bert"])
+@pytest.mark.parametrize("lora", [False, True])
+@torch.no_grad()
+def test_hidden_states_are_the_library_s_and_come_with_the_logits(architecture: str, lora: bool) -> None:
+    """Only those asked for, from one forward."""
+    model, inputs, forwards = classifier(architecture), padded(ROWS, "right"), list[Any]()
+    expected = model.base_model(**inputs, output_hidden_states=True).hidden_states
+    own = class_logits(model, **inputs)
+    wrapped = add_lora(model, r=2, alpha=4).eval() if lora else model
+    model.base_model.register_forward_hook(lambda *_: forwards.append(1))
+    logits, states = logits_and_states(wrapped, [2, 0, 2], **inputs)
+    assert (set(states), len(forwards), depth(wrapped)) == ({0, 2}, 1, 2)
+    torch.testing.assert_close(logits, own)
+    for layer, state in states.items():
+        torch.testing.assert_close(state, expected[layer])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_a_row_is_stood_for_by_its_last_token_or_its_first(architecture: str) -> None:
+    hidden, mask = torch.arange(12.0).view(2, 3, 2), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    expected = [[2.0, 3.0], [10.0, 11.0]] if architecture == "llama" else [[0.0, 1.0], [6.0, 7.0]]
+    assert pooled(classifier(architecture), hidden, mask).tolist() == expected
+
+
+def test_a_net_that_is_no_transformer_has_no_depth() -> None:
+    assert depth(nn.Linear(1, 1)) == 0
+
+
+def test_a_head_that_zero_3_has_cut_up_reads_the_dtype_of_its_shards() -> None:
+    """Its weight is an empty stand-in between forwards, and keeps no dtype that it is gathered in."""
+    seen: list[torch.dtype] = []
+
+    class Head:
+        weight = nn.Parameter(torch.empty(0))
+
+        def __call__(self, vectors: Tensor) -> Tensor:
+            seen.append(vectors.dtype)
+            return vectors
+
+    Head.weight.ds_tensor = torch.empty(3, dtype=torch.bfloat16)
+    assert head_logits(Head(), torch.ones(2, 3)).dtype == torch.float32
+    assert seen == [torch.bfloat16]
+
+
+def test_without_dropout_only_nf4_layers_stay_in_training_mode() -> None:
+    linear4bit = type("Linear4bit", (nn.Linear,), {})(2, 2)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Sequential(linear4bit)).train()
+    without_dropout(model)
+    assert [module.training for module in model.modules()] == [False, False, False, True]
 
 
 def test_autocast_computes_in_bf16_or_not() -> None:

@@ -137,7 +137,12 @@ def test_zero_3_in_one_process_over_a_bf16_base(finished: Path, tmp_path: Path) 
     """Plain python has no launcher's variables, and what is loaded in bf16 stays so when it is cut up."""
     roots = []
     for name, more in (("plain", []), ("zero3", [f"distill.deepspeed={sharded(tmp_path, 3)}"])):
-        directory = begun(finished, tmp_path / name, "00_prepare", "01_pretrain", "02_teachers")
+        directory = begun(finished, tmp_path / name, "00_prepare")
+        for stage in ("01_pretrain", "02_teachers"):  # in bf16 too: an input of another precision is refused
+            if more:
+                shutil.copytree(roots[0] / stage, directory / stage)
+            else:
+                assert tiny.stage(stage, f"run={directory}", "precision=bf16") == 0
         options = [f"run={directory}", "precision=bf16", "--fold", "0", "--only", "student", *more]
         if more:
             wait(start(command("python", "03_distill", *options)))
@@ -160,6 +165,28 @@ def test_pretraining_under_zero_3_leaves_whole_models(finished: Path, tmp_path: 
         assert one.keys() == two.keys()
         for key, tensor in one.items():
             np.testing.assert_allclose(two[key], tensor, atol=1e-3, err_msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize(
+    ("zero", "at", "again"), [(0, "2", "python"), (3, "2", "torchrun"), (3, "whole", "torchrun")]
+)
+def test_a_training_of_two_ranks_goes_on_after_a_kill(
+    zero: int, at: str, again: str, finished: Path, tmp_path: Path
+) -> None:
+    """By as many ranks, or by one; under ZeRO-3 its optimizer's state is saved whole, and no pickle."""
+    directory = begun(finished, tmp_path, "00_prepare", "01_pretrain")
+    options = [f"run={directory}", "teachers.qwen.checkpoint_minutes=0", "--teacher=qwen", "--fold=1"]
+    options += [f"teachers.qwen.deepspeed={sharded(tmp_path, zero)}"] if zero else []
+    argv = command("torchrun", "02_teachers", *options)
+    script = next(i for i, word in enumerate(argv) if word.endswith(".py"))
+    killer = str(tiny.ROOT / "tests" / "faults" / "killed_stage.py")
+    process = start([*argv[:script], killer, at, *argv[script:]])
+    output, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode != 0
+    (saved,) = (directory / "02_teachers/qwen/fold1.partial/checkpoint/fit0").glob("step*")
+    assert int(saved.name[4:13]) == (2 if at == "2" else 3)
+    wait(start(command(again, "02_teachers", *options)))
+    same("02_teachers/qwen/fold1", finished, directory, world=1 if again == "python" else 2)
 
 
 def test_two_agents_stand_for_two_nodes(finished: Path, tmp_path: Path) -> None:

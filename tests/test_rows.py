@@ -189,7 +189,7 @@ def test_unlabelled_rows() -> None:
 
 
 def test_missing_columns_name_those_there_are() -> None:
-    with pytest.raises(DataError, match=r"no column 'question', 'winner': there are prompt, response_a, "):
+    with pytest.raises(DataError, match=r"no column 'question' \(correct task.columns.prompt\), "):
         canonical(pairs(), columns={"prompt": "question"}, label="winner")
 
 
@@ -312,7 +312,7 @@ def test_duplicates_and_conflicts_are_counted_in_either_order() -> None:
 def test_ids_repeated_over_the_parts_are_refused() -> None:
     train, _ = canonical(pairs())
     test, _ = canonical(pairs(prompt=[f"t{i}" for i in range(6)]))
-    with pytest.raises(DataError, match=r"6 ids stand in train and in test, first 'train-0000000'"):
+    with pytest.raises(DataError, match=r"6 ids stand in more than one part, first 'train-0000000'"):
         rows.prepare(train, test, kind="preference", swap=False, group=None, folds=1, seed=1)
 
 
@@ -361,3 +361,20 @@ def test_held_out_rows_are_the_test_part_as_given() -> None:
     ]
     other, _ = prepared(pairs(prompt=["p0", "q", "r", "s", "t", "u"]), None)
     assert rows.held_out(other, "preference", ()) is None
+
+
+def test_long_texts_become_distinct_sentences_of_a_length() -> None:
+    from llmkd.sources import sentences
+
+    texts = [
+        'A fine film. "It is good!" he said to me.<br />Bad.',
+        "A fine film.\nIs it? It is not so bad",
+        None,
+    ]
+    found = sentences(pa.table({"review": texts}), "review", 3, 5)
+    assert found["review"].to_pylist() == [
+        "A fine film.",
+        '"It is good!',
+        "he said to me.",
+        "It is not so bad",
+    ]

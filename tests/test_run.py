@@ -1,17 +1,21 @@
 """Finished units: manifest last, atomic, fingerprinted, movable; and every damage refused."""
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmkd import run
-from llmkd.config import Distill, Model, Teacher, science
+from llmkd import digests, lock, run
+from llmkd.config import science
 from llmkd.errors import RunError
+from llmkd.schema import Distill, Llm, Model
 
 SETTINGS: dict[str, Any] = {"epochs": 2, "lora": {"r": 8}}
 INPUTS = {"00_prepare": "abc"}
@@ -24,6 +28,11 @@ def make(directory: Path, text: str = "weights", settings: dict[str, Any] = SETT
         unit.rows["train"] = 3
         unit.metrics["best"] = 0.5
     return directory
+
+
+def names(directory: Path) -> list[str]:
+    """All but the cache of verified digests, which belongs to no unit."""
+    return [path.name for path in directory.iterdir() if path.name != digests.VERIFIED]
 
 
 @pytest.fixture
@@ -54,7 +63,7 @@ def test_nothing_stands_under_its_name_before_it_is_whole(tmp_path: Path) -> Non
         assert not directory.exists()
         assert not (unit.path / run.MANIFEST).exists()
     assert run.manifest(directory)
-    assert [path.name for path in tmp_path.iterdir()] == ["unit"]
+    assert names(tmp_path) == ["unit"]
 
 
 def test_the_manifest_is_written_after_the_files_are_synced(
@@ -91,7 +100,7 @@ def test_a_half_written_unit_leaves_nothing_in_the_next(tmp_path: Path) -> None:
     interrupted(tmp_path / "unit")
     make(tmp_path / "unit")
     assert set(run.manifest(tmp_path / "unit")["files"]) == {"deep/model.bin"}
-    assert [path.name for path in tmp_path.iterdir()] == ["unit"]
+    assert names(tmp_path) == ["unit"]
 
 
 def test_an_old_unit_stays_until_the_new_one_is_whole(unit: Path) -> None:
@@ -109,7 +118,7 @@ def test_a_kill_while_the_old_tree_is_removed_leaves_the_new_one(
     remove = shutil.rmtree
 
     def killed(path: Path, **kwargs: Any) -> None:
-        if (Path(path) / run.MANIFEST).exists():
+        if (Path(path) / "deep").exists():
             (Path(path) / "deep" / "model.bin").unlink()
             raise KeyboardInterrupt
         remove(path, **kwargs)
@@ -121,7 +130,7 @@ def test_a_kill_while_the_old_tree_is_removed_leaves_the_new_one(
     assert run.manifest(unit)
     monkeypatch.undo()
     make(unit, "newer")
-    assert [path.name for path in unit.parent.iterdir()] == ["fold0"]
+    assert names(unit.parent) == ["fold0"]
 
 
 @pytest.mark.parametrize(
@@ -150,9 +159,9 @@ def test_a_fingerprint_depends_on_no_order_of_keys() -> None:
     "machine",
     [{"batch_tokens": 99}, {"deepspeed": "configs/deepspeed/zero2.json"}, {"gradient_checkpointing": True}],
 )
-@pytest.mark.parametrize("section", [Distill, Teacher])
+@pytest.mark.parametrize("section", [Distill, Llm])
 def test_a_fingerprint_does_not_change_with_the_machine(section: type, machine: dict[str, Any]) -> None:
-    base = {"name": "llama", "model": "x"} if section is Teacher else {}
+    base = {"name": "llama", "model": "x"} if section is Llm else {}
     one, two = (run.fingerprint("s", science(section(**base, **more)), {}) for more in ({}, machine))
     assert one == two
     assert run.fingerprint("s", science(section(**base, learning_rate=0.5)), {}) != one
@@ -226,12 +235,171 @@ def test_a_damaged_unit_is_refused_in_one_line_with_its_remedy(unit: Path, how: 
         run.manifest(unit, "make tea")
 
 
-def test_a_manifest_without_its_fingerprint_does_not_stand(unit: Path) -> None:
+@pytest.mark.parametrize("key", ["fingerprint", "metrics", "seal", "inputs"])
+@pytest.mark.parametrize("how", ["gone", "changed"])
+def test_a_manifest_that_was_edited_is_refused(key: str, how: str, unit: Path) -> None:
     path = unit / run.MANIFEST
     data = json.loads(path.read_text())
-    del data["fingerprint"]
-    path.write_text(json.dumps(data))
-    assert not run.stands(unit, run.fingerprint("02_teachers", SETTINGS, INPUTS))
+    del data[key]
+    path.write_text(json.dumps(data if how == "gone" else {**data, key: "x"}))
+    with pytest.raises(RunError, match="damaged"):
+        run.stands(unit, run.fingerprint("02_teachers", SETTINGS, INPUTS))
+
+
+def reseal(unit: Path, **changes: Any) -> None:
+    """What an attacker who knows the format can write."""
+    data = {**json.loads((unit / run.MANIFEST).read_text()), **changes}
+    del data["seal"]
+    run.write_json(unit / run.MANIFEST, {**data, "seal": run._seal(data)})
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "deep/../../x"])
+def test_a_manifest_reaches_no_file_outside_its_unit(name: str, unit: Path) -> None:
+    reseal(unit, files={name: {"sha256": "0", "bytes": 1}})
+    with pytest.raises(RunError, match="damaged"):
+        run.digest(unit)
+
+
+def flip(path: Path, at: int = 0) -> None:
+    """One bit turned, in place, at the same size and time."""
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_a_flipped_bit_is_found_also_after_the_file_was_verified(unit: Path) -> None:
+    run.digest(unit)
+    time.sleep(0.02)  # a clock tick: the change has another ctime
+    flip(unit / "deep" / "model.bin")
+    with pytest.raises(RunError, match=r"deep/model.bin: its bytes are not those .* remove .* make tea\Z"):
+        run.digest(unit, "make tea")
+    with pytest.raises(RunError, match=r"run: python stages/02_teachers.py with this run's config\Z"):
+        run.digest(unit)
+    flip(unit / "deep" / "model.bin")
+    assert run.digest(unit)
+
+
+def test_a_file_is_read_once_and_then_only_after_a_change(
+    unit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    entry = digests.file_entry
+    monkeypatch.setattr(digests, "file_entry", lambda path: (read.append(path.name), entry(path))[1])
+    run.digest(unit)
+    assert read == [], "what was just written need not be read"
+    moved = Path(shutil.copytree(unit.parent.parent, unit.parent.parent.with_name("there")))
+    for _ in range(2):
+        run.digest(moved / "teacher" / "fold0")
+    assert read == ["model.bin"], "a copy is another file"
+    for cache in unit.parents[2].rglob(f"{digests.VERIFIED}/**/*.json"):
+        cache.write_text("[]")
+    run.digest(unit)
+    assert read == ["model.bin"] * 2
+
+
+def test_a_run_on_a_read_only_disk_is_verified_without_a_cache(
+    unit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(unit.parent / digests.VERIFIED)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert run.digest(unit)
+    time.sleep(0.02)
+    flip(unit / "deep" / "model.bin")
+    with pytest.raises(RunError, match="its bytes are not those"):
+        run.digest(unit)
+
+
+def test_checkpoints_outlive_an_interruption_and_go_with_the_last_of_it(tmp_path: Path) -> None:
+    def attempt(settings: dict[str, Any], fails: bool) -> list[str]:
+        with run.writing(tmp_path / "unit", "s", settings, {}, 0, alone=True) as unit:
+            found = sorted(path.name for path in unit.path.rglob("*.ckpt"))
+            (unit.checkpoints / "step1.ckpt").write_text("x")
+            (unit.path / "half.ckpt").write_text("x")
+            if fails:
+                raise KeyboardInterrupt
+        return found
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt({"a": 1}, True)
+    with pytest.raises(KeyboardInterrupt):
+        attempt({"a": 2}, True)
+    assert attempt({"a": 2}, False) == ["step1.ckpt"], "of the same settings, and no half-written file"
+    assert not (tmp_path / "unit" / run.CHECKPOINT).exists()
+    assert set(run.manifest(tmp_path / "unit")["files"]) == {"half.ckpt"}
+    with pytest.raises(KeyboardInterrupt):
+        attempt({"a": 1}, True)
+    assert attempt({"a": 3}, False) == [], "another unit's checkpoints are no start"
+
+
+def test_a_kill_between_the_name_and_the_cleaning_leaves_nothing_for_long(unit: Path) -> None:
+    (unit / run.CHECKPOINT).mkdir()
+    (unit / run.CHECKPOINT / "fingerprint").write_text("x")
+    assert run.stands(unit, run.fingerprint("02_teachers", SETTINGS, INPUTS))
+    assert not (unit / run.CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "x"), True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (ValueError("space"), False),
+    ],
+)
+def test_a_full_disk_is_told_from_other_errors(error: Exception, full: bool) -> None:
+    assert run.is_disk_full(error) is full
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from llmkd import run
+with run.writing(Path(sys.argv[1]), "s", {}, {}, 0, alone=True):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_second_process_is_told_who_holds_a_unit(tmp_path: Path) -> None:
+    """Other units are free; a dead process holds nothing, killed as it may be."""
+    unit = tmp_path / "unit"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(unit)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=rf"unit: held by process {holder.pid} on \S+ since 20.*; wait"):
+            make(unit)
+        assert run.manifest(make(tmp_path / "other"))
+        assert (tmp_path / "unit.partial").exists(), "the refused one touched nothing"
+    finally:
+        holder.kill()
+        holder.wait()
+    assert (tmp_path / "unit.lock").exists()
+    assert run.manifest(make(unit))
+    assert sorted(names(tmp_path)) == ["other", "unit"]
+
+
+def test_a_lock_without_its_holder_s_words_is_a_lock(tmp_path: Path) -> None:
+    with (tmp_path / "x").open("w+b") as file:
+        assert lock._holder(file.fileno()) == "another process"
+
+
+def test_a_disk_without_locks_says_so_and_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    assert run.manifest(make(tmp_path / "unit"))
+    assert "this disk knows no locks" in capsys.readouterr().out
 
 
 def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:

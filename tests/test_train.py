@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from llmkd import train
 from llmkd.errors import DataError, ModelError
 from llmkd.methods.cached import Cached
+from llmkd.methods.feature import Feature
 from llmkd.methods.next_token import NextToken
+from llmkd.methods.online import Online
 from llmkd.models.lora import add_lora, trainable, trainable_state
 from llmkd.objective import HARD, Objective
 from llmkd.train import dev_log_loss, fit, predict
@@ -174,6 +176,36 @@ def test_gradient_checkpointing_changes_no_loss(tmp_path: Path) -> None:
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
 
 
+def test_gradient_checkpointing_needs_layers_but_no_embeddings_to_hook(tmp_path: Path) -> None:
+    class Hookless:
+        supports_gradient_checkpointing = True
+
+        def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any) -> None:
+            self.asked = gradient_checkpointing_kwargs
+
+    net = Hookless()
+    train._checkpoint_gradients(net)
+    assert net.asked == {"use_reentrant": False}
+    with pytest.raises(ModelError, match="gradient_checkpointing: Linear has nothing to checkpoint; set it"):
+        run(tmp_path, Cached(nn.Linear(1, 1), HARD), tiny.examples(), gradient_checkpointing=True)
+
+
+def test_phases_of_several_methods_follow_each_other_on_one_student(tmp_path: Path) -> None:
+    """Each begins where the one before was best, and the last one's hooks are gone."""
+    model, examples, dev = add_lora(tiny.classifier(), r=4, alpha=8), tiny.examples(), np.arange(16, 24)
+    teacher = tiny.classifier(seed=1)
+    methods = [
+        Feature(model, HARD, {"t": teacher}, [("t", 1, 1)]),
+        Cached(model, HARD),
+        Online(model, Objective({"ce": 1.0, "kl": 1.0}, ["t"], [1.0], [1.0]), {"t": teacher}),
+    ]
+    for method in methods:
+        before = dev_log_loss(model, examples, dev, 64, "fp32")
+        history = run(tmp_path, method, examples, np.arange(16), dev=dev, evaluations=2)
+        assert dev_log_loss(model, examples, dev, 64, "fp32") == pytest.approx(history["best"], abs=1e-6)
+        assert history["best"] != pytest.approx(before, abs=1e-6)
+
+
 def test_without_rows_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no rows to train on; check folds\.count"):
         run(tmp_path, Cached(tiny.classifier(), HARD), tiny.examples(), ALL[:0])
@@ -182,7 +214,7 @@ def test_without_rows_it_is_refused(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     examples = tiny.examples().with_teachers(np.full((24, 1, 3), np.nan, dtype=np.float32))
     objective = Objective({"ce": 1, "kl": 1}, ["x"], [1], [1])
-    with pytest.raises(ModelError, match="training loss is not finite; lower learning_rate"):
+    with pytest.raises(ModelError, match="the loss of 8 rows is not finite: row0"):
         run(tmp_path, Cached(tiny.classifier(), objective), examples)
 
 
@@ -193,13 +225,16 @@ def test_a_deepspeed_config_that_did_nothing_is_refused(tmp_path: Path) -> None:
         train._check_engine(trainer, arguments)
 
 
+SIZES = ("batch_rows", "batch_tokens", "evaluations")
+
+
 def test_split_leaves_no_field_out() -> None:
-    from llmkd.config import Distill
+    from llmkd.schema import Distill
 
     fields = Distill().training()
     trainer, batching = train.split(fields)
     assert {**trainer, **batching} == fields
-    assert set(batching) == {"batch_rows", "batch_tokens", "evaluations", "gradient_checkpointing"}
+    assert set(batching) == {*SIZES, "gradient_checkpointing", "on_nan", "checkpoint_minutes"}
 
 
 def test_logits_stand_in_the_order_asked_for_each_row_once() -> None:

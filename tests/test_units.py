@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 from llmkd import run, units
-from llmkd.config import Config, load
+from llmkd.config import load
 from llmkd.errors import RunError
+from llmkd.schema import Config
 
 
 def config(directory: Path, *overrides: str) -> Config:
@@ -17,7 +18,11 @@ def config(directory: Path, *overrides: str) -> Config:
 
 def everything(config: Config) -> list[units.Recipe]:
     baseline = units.students(config, "baseline")
-    return [*units.teachers(config, [0, 1]), *units.students(config), *baseline, units.quantized(config)]
+    return [*teachers(config, [0, 1]), *units.students(config), *baseline, units.quantized(config)]
+
+
+def teachers(config: Config, folds: list[int]) -> list[units.Recipe]:
+    return [units.teacher(config, which, fold) for which in config.teachers for fold in folds]
 
 
 def test_a_finished_run_stands(finished: Path) -> None:
@@ -37,7 +42,6 @@ def test_the_machine_changes_nothing(finished: Path) -> None:
         f"distill.deepspeed={zero}",
         f"teachers.llama.deepspeed={zero}",
         "teachers.qwen.gradient_checkpointing=true",
-        "precision=bf16",
         "evaluate.batch_tokens=77",
     ]
     assert all(recipe.stands for recipe in everything(config(finished, *machine)))
@@ -54,9 +58,10 @@ def test_the_machine_changes_nothing(finished: Path) -> None:
         ("distill.view=oof", units.quantized, "03_distill/gemma/fold0"),
         ("merge.how=factors", units.quantized, "04_merge"),
         ("pretrain.0.epochs=7", units.merged, "01_pretrain/gemma"),
-        ("pretrain.1.epochs=7", lambda c: units.teachers(c, [0]), "01_pretrain/qwen"),
-        ("folds.group=null", lambda c: units.teachers(c, [0]), "00_prepare"),
-        ("seed=9", lambda c: units.teachers(c, [0]), "00_prepare"),
+        ("pretrain.1.epochs=7", lambda c: teachers(c, [0]), "01_pretrain/qwen"),
+        ("folds.group=null", lambda c: teachers(c, [0]), "00_prepare"),
+        ("precision=bf16", lambda c: teachers(c, [0]), "01_pretrain/llama"),
+        ("seed=9", lambda c: teachers(c, [0]), "00_prepare"),
     ],
 )
 def test_an_input_of_another_config_is_refused_with_its_command(
@@ -69,16 +74,30 @@ def test_an_input_of_another_config_is_refused_with_its_command(
 
 
 def test_a_baseline_is_made_from_no_teacher(finished: Path) -> None:
-    found = units.student(config(finished), "baseline", 0)
+    def baseline(*overrides: str) -> units.Recipe:
+        asked = config(finished, *overrides)
+        return units.student(asked, asked.student, "baseline", 0)
+
+    found = baseline()
     assert set(found.inputs) == {"00_prepare", "01_pretrain/gemma"}
-    assert units.student(config(finished, "distill.terms.kl=2"), "baseline", 0).stands
-    assert not units.student(config(finished, "distill.epochs=3"), "baseline", 0).stands
+    assert baseline("distill.terms.kl=2").stands
+    assert not baseline("distill.epochs=3").stands
 
 
 def test_whether_there_is_a_baseline_changes_no_student(finished: Path) -> None:
     assert all(student.stands for student in units.students(config(finished, "distill.baseline=false")))
 
 
-@pytest.mark.parametrize(("view", "folds"), [("in_sample", [1]), ("oof", [0, 2, 3])])
-def test_a_student_s_inputs_are_the_teachers_of_its_view(view: str, folds: list[int], tmp_path: Path) -> None:
-    assert units.read_from(config(tmp_path, f"distill.view={view}", "folds.count=4"), 1) == folds
+@pytest.mark.parametrize(
+    ("overrides", "folds"),
+    [
+        (["distill.view=in_sample"], [1]),
+        (["distill.view=oof"], [0, 2, 3]),
+        (["distill.weighting=fitted"], [1, 0, 2, 3]),
+    ],
+)
+def test_a_student_s_inputs_are_the_teachers_of_its_view(
+    overrides: list[str], folds: list[int], tmp_path: Path
+) -> None:
+    asked = config(tmp_path, *overrides, "folds.count=4")
+    assert units.read_from(asked, 1, asked.distill) == folds

@@ -43,12 +43,12 @@ def stage(name: str, *arguments: str, config: Path = CONFIG) -> int:
 
 
 def snapshot(directory: Path, *, partial: bool = False) -> dict[str, tuple[int, bytes]]:
-    """Every file with its time and bytes; half-written units are left out."""
+    """Every file with its time and bytes; half-written units and the digests' cache are left out."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {
         str(path.relative_to(directory)): (path.stat().st_mtime_ns, path.read_bytes())
         for path in files
-        if partial or ".partial/" not in str(path)
+        if (partial or ".partial/" not in str(path)) and "/.verified/" not in str(path)
     }
 
 

@@ -24,8 +24,17 @@ class Cached(nn.Module):
         return self.student.config
 
     def forward(
-        self, inputs: dict[str, Tensor], labels: Tensor, teacher_logits: Tensor | None = None
+        self,
+        inputs: dict[str, Tensor],
+        labels: Tensor,
+        teacher_logits: Tensor | None = None,
+        beside: Any = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A student with a head of its own for soft labels (`head_logits`) learns each kind with its head."""
+        student: Any = self.student
         with autocast(self.precision, labels.device):
-            logits = class_logits(self.student, **inputs)  # (B, C)
-        return self.objective(logits, labels, teacher_logits)
+            if hasattr(student, "head_logits"):
+                heads = student.head_logits(**inputs)  # {"hard", "soft"}: (B, C) each
+            else:
+                heads = {"hard": class_logits(student, **inputs)}  # (B, C)
+        return self.objective(heads["hard"], labels, teacher_logits, heads.get("soft"))

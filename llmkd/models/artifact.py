@@ -1,4 +1,5 @@
-"""Reading a finished classifier from disk, also a GPTQ-quantized one, without the library that packed it.
+"""Reading a finished classifier or language model from disk, also one quantized by GPTQ, without the library
+that packed it.
 
 On a CPU the packed weights are unpacked once, at load: the numbers are those of the quantized model, the
 speed is that of a float one. Layout of the packed tensors: AutoGPTQ's and gptqmodel's, int32 words,
@@ -37,30 +38,41 @@ TOKENIZER_FILES = (
 
 
 def load_artifact(
-    path: Path | str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A sequence classifier and its tokenizer from a Hugging Face directory, in evaluation mode.
+    path: Path | str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    causal: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | dict[str, Any]]:
+    """A classifier (or a causal LM) and its tokenizer from a Hugging Face directory, in evaluation mode.
+
+    One of the package's nets comes with its features' spec in place of a tokenizer.
 
     Args:
         path: the directory. Only safetensors are read, and no code from it is run.
         device: a GPTQ-quantized model is unpacked to float on a CPU and stays packed elsewhere.
         dtype: of the weights; by default float32 for an unpacked model, else the one it was saved in.
+        causal: whether it is a language model.
 
     Raises ModelError for a missing or damaged directory, no tokenizer, weights that are missing,
     unexpected or of the wrong shape (the head's among them), and for quantized formats other than GPTQ.
     """
     import torch
 
+    from llmkd import features
+    from llmkd.models.load import register_nets
+
+    register_nets()
     directory = Path(path)
     packing = read_json(directory / "config.json").get("quantization_config")
     weight_files(directory)
-    tokenizer = _tokenizer(directory)
+    reader = features.load(directory) if (directory / features.FILE).is_file() else _tokenizer(directory)
     if packing and packing.get("quant_method") == "gptq" and torch.device(device).type == "cpu":
-        model = _load_unpacked(directory, packing, dtype or torch.float32)
+        model = _load_unpacked(directory, packing, dtype or torch.float32, causal)
     else:
-        model = _load_stored(directory, device, dtype)
+        model = _load_stored(directory, device, dtype, causal)
     model.train(False)
-    return model, tokenizer
+    return model, reader
 
 
 def size_bytes(path: Path | str) -> int:
@@ -135,12 +147,20 @@ def _checked(directory: Path, load: Callable[[], Any]) -> Any:
         raise ModelError(f"{directory} cannot be loaded: {type(error).__name__}: {reason}") from error
 
 
-def _load_stored(directory: Path, device: str | torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
-    from transformers import AutoModelForSequenceClassification
+def is_causal(path: Path) -> bool:
+    """Whether a model directory says that it holds a language model."""
+    return str((read_json(path / "config.json").get("architectures") or [""])[0]).endswith("ForCausalLM")
 
+
+def _load_stored(
+    directory: Path, device: str | torch.device, dtype: torch.dtype | None, causal: bool
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     model, loading = _checked(
         directory,
-        lambda: AutoModelForSequenceClassification.from_pretrained(
+        lambda: auto.from_pretrained(
             directory,
             dtype=dtype or "auto",
             device_map={"": device},
@@ -149,19 +169,26 @@ def _load_stored(directory: Path, device: str | torch.device, dtype: torch.dtype
             output_loading_info=True,
         ),
     )
-    _check_complete(directory, loading)
+    _check_complete(directory, loading, causal)
     return model  # type: ignore[no-any-return]
 
 
-def _load_unpacked(directory: Path, packing: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+def _load_unpacked(
+    directory: Path, packing: Mapping[str, Any], dtype: torch.dtype, causal: bool
+) -> PreTrainedModel:
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        AutoConfig,
+    )
 
     bits, offset = _format(directory, packing)
     config = _checked(directory, lambda: AutoConfig.from_pretrained(directory, local_files_only=True))
     del config.quantization_config
-    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ModelError(f"{directory}: {config.model_type} has no sequence classifier; name another model")
-    kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if type(config) not in mapping:
+        raise ModelError(f"{directory}: {config.model_type} has no {_kind(causal)}; name another model")
+    kind = mapping[type(config)]
     state = _unpacked_state(directory, bits, offset, dtype)
     # The model takes the tensors over rather than copies them, so this holds the weights once.
     model, loading = _checked(
@@ -170,7 +197,7 @@ def _load_unpacked(directory: Path, packing: Mapping[str, Any], dtype: torch.dty
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         ),
     )
-    _check_complete(directory, loading)
+    _check_complete(directory, loading, causal)
     return model  # type: ignore[no-any-return]
 
 
@@ -234,11 +261,15 @@ def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
     return values.reshape(-1, words.shape[1])
 
 
-def _check_complete(directory: Path, loading: Mapping[str, Any]) -> None:
+def _kind(causal: bool) -> str:
+    return "language model" if causal else "sequence classifier"
+
+
+def _check_complete(directory: Path, loading: Mapping[str, Any], causal: bool) -> None:
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(str(name) for name in loading.get(f"{kind}_keys", ()))
         if names:
             raise ModelError(
-                f"{directory}: weights {kind} for a sequence classifier: {', '.join(names[:5])}"
+                f"{directory}: weights {kind} for a {_kind(causal)}: {', '.join(names[:5])}"
                 f"{' and more' if len(names) > 5 else ''}; save the whole model with its head again"
             )

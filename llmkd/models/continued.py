@@ -31,6 +31,7 @@ def pretrain(
     attention: str | None,
     seed: int,
     training: TrainingArguments,
+    checkpoints: Path | None = None,
     **batching: Any,
 ) -> dict[str, Any]:
     """Train the model at `source` on all its examples; leave it whole in directory/model, with its tokenizer.
@@ -64,7 +65,7 @@ def pretrain(
     method = NextToken(model, precision) if causal else Cached(model, HARD, precision)
     rows = examples(tokenizer)
     train = np.flatnonzero(rows.labels >= 0) if not causal else np.arange(len(rows.ids))
-    history = fit(method, rows, train, training, **batching)
+    history = fit(method, rows, train, training, checkpoints=checkpoints, **batching)
     state = trainable_state(model)
     forget_sharding()  # rank 0 alone loads the base again, and the next model is not this training's
     if ranks.is_main():

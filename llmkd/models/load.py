@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmkd.errors import ModelError
-from llmkd.models.lora import HEADS
+from llmkd.models.lora import NEW, head_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def register_nets() -> None:
+    """Make this package's own architectures known to transformers' Auto classes; any number of times."""
+    from llmkd.models import hashed, nets
+
+    hashed.register()
+    nets.register()
 
 
 def load_tokenizer(source: str, pad_token: str | None = None) -> PreTrainedTokenizerBase:
@@ -51,11 +60,13 @@ def load_classifier(
 ) -> PreTrainedModel:
     """A sequence classifier with one logit a label. load_in: fp32, bf16, nf4 or int8.
 
-    A checkpoint without a head gets a random one, drawn from `seed`; the head stays in float32.
+    A checkpoint without a head, or an encoder's without a pooler, gets a random one, drawn from `seed`;
+    heads (see `llmkd.models.lora.head_modules`) stay in float32.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
-    _check_pad(_from_hub(AutoConfig, source), source, pad_id)
+    config = _from_hub(AutoConfig, source)
+    _check_pad(config, source, pad_id)
     set_seed(seed)
     names = dict(enumerate(labels))
     with _sharded_as(load_in):
@@ -67,15 +78,49 @@ def load_classifier(
             id2label=names,
             label2id={name: i for i, name in names.items()},
             pad_token_id=pad_id,
-            **_weights(load_in),
+            **_weights(load_in, [] if load_in in DTYPES else _outside_blocks(config)),
             **({"attn_implementation": attention} if attention else {}),
         )
-    _check_backbone(source, model.base_model_prefix, loading["missing_keys"])
+    model.__dict__[NEW] = _new_modules(source, model.base_model_prefix, loading["missing_keys"])
     model.config.get_text_config().pad_token_id = pad_id
-    for name in HEADS:
-        if hasattr(model, name):
-            getattr(model, name).float()
+    for name in head_modules(model):
+        head = model.get_submodule(name).float()
+        if load_in != "fp32":
+            head.register_forward_pre_hook(_widen)
     return model
+
+
+def _widen(head: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A float32 head reads what a backbone of fewer bits gives it."""
+    return tuple(
+        value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for value in inputs
+    )
+
+
+def _outside_blocks(config: PreTrainedConfig) -> list[str]:
+    """Names of a classifier's modules beside its stack of blocks, such as head and pooler."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    stack, backbone = block_stack(model), model.base_model_prefix
+    if stack is None:
+        return [*head_modules(model), f"{backbone}.pooler"]
+    inside = [f"{backbone}.{name}" for name, _ in getattr(model, backbone).named_children()]
+    return [*head_modules(model), *(name for name in inside if not f"{stack}.".startswith(f"{name}."))]
+
+
+def block_stack(model: torch.nn.Module) -> str | None:
+    """Name of the one list of a model's blocks, such as `model.layers` or `bert.encoder.layer`, if any."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[operator, union-attr]
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+    ]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return outer[0] if len(outer) == 1 else None
 
 
 def load_causal_lm(source: str, *, load_in: str, attention: str | None = None) -> PreTrainedModel:
@@ -105,12 +150,13 @@ def _sharded_as(load_in: str) -> Iterator[None]:
         del config["bf16"]
 
 
-def _weights(load_in: str) -> dict[str, Any]:
+def _weights(load_in: str, whole: Sequence[str] = ()) -> dict[str, Any]:
+    """What `from_pretrained` needs to hold weights so; the modules `whole` are never quantized."""
     if load_in in DTYPES:
         return {"dtype": DTYPES[load_in]}
     from transformers import BitsAndBytesConfig
 
-    skip = [*HEADS, "lm_head"]
+    skip = [*whole, "lm_head"]
     if load_in == "int8":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)}
     quantization = BitsAndBytesConfig(
@@ -125,6 +171,7 @@ def _weights(load_in: str) -> dict[str, Any]:
 
 def _from_hub(auto: Any, source: str, **arguments: Any) -> Any:
     """`auto.from_pretrained` with a one-line error; only safetensors are read, no remote code is run."""
+    register_nets()
     kind = auto.__name__
     if "Model" in kind:
         arguments["use_safetensors"] = True
@@ -135,20 +182,23 @@ def _from_hub(auto: Any, source: str, **arguments: Any) -> Any:
         raise ModelError(f"{source}: {kind} cannot load it: {reason}") from error
 
 
-def _check_backbone(source: str, prefix: str, missing: Iterable[str]) -> None:
-    """A head, and an encoder's pooler, may be new; any other weight that is missing would be random."""
-    lost = sorted(name for name in missing if name.startswith(f"{prefix}.") and ".pooler." not in name)
+def _new_modules(source: str, prefix: str, missing: Iterable[str]) -> list[str]:
+    """The backbone's modules that began at random. Only an encoder's pooler may: ModelError for others."""
+    names = sorted(name for name in missing if name.startswith(f"{prefix}."))
+    lost = [name for name in names if ".pooler." not in name]
     if lost:
         raise ModelError(
             f"{source}: {len(lost)} backbone weights are missing, first {lost[0]}; not this architecture"
         )
+    return sorted({name.partition(".pooler.")[0] + ".pooler" for name in names})
 
 
 def _refuse_encoder(config: PreTrainedConfig, source: str) -> None:
     """transformers loads BERT and its kin as causal LMs that see the tokens to come, without a word."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if masked or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"{source}: {config.model_type} is an encoder; pretrain it with objective: supervised"
         )
@@ -167,6 +217,57 @@ def _check_pad(config: PreTrainedConfig, source: str, pad_id: int) -> None:
     known = config.get_text_config().vocab_size
     if pad_id >= known:
         raise ModelError(f"{source}: pad token id {pad_id} is beyond its {known} embeddings; choose another")
+
+
+def keep_layers(source: str, layers: Sequence[int], directory: Path) -> None:
+    """A shallower checkpoint: the blocks `layers` of the one at `source`, in that order, all else as it is.
+
+    The start of a student that is smaller than its teacher (DistilBERT, Sanh et al. 2019, arXiv
+    1910.01108). Writes model and tokenizer to `directory`, with the head that the checkpoint has, if any.
+    Raises ModelError for a layer that does not exist, and for a model without one list of blocks.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = _from_hub(AutoConfig, source)
+    count = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    wrong = [layer for layer in layers if not 0 <= layer < count]
+    if wrong or not layers:
+        raise ModelError(f"{source}: keep_layers {[*layers]}: name layers of its {count}, 0 to {count - 1}")
+    model, loading = _from_hub(_auto_class(config), source, dtype="auto", output_loading_info=True)
+    stack = block_stack(model)
+    if stack is None:
+        raise ModelError(
+            f"{source}: {type(model).__name__} has no one list of {count} blocks to keep some of"
+        )
+    parent, _, name = stack.rpartition(".")
+    blocks = model.get_submodule(stack)
+    kept = torch.nn.ModuleList(copy.deepcopy(blocks[layer]) for layer in layers)
+    setattr(model.get_submodule(parent), name, kept)
+    _cut_config(model.config.get_text_config(), layers)
+    missing = set(loading["missing_keys"])  # random here; left out, they are drawn where they are loaded
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
+    model.save_pretrained(directory, state_dict=state)
+    _from_hub(AutoTokenizer, source).save_pretrained(directory)
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    import transformers
+
+    written = (getattr(config, "architectures", None) or [""])[0]
+    kinds = {
+        "ForSequenceClassification": "AutoModelForSequenceClassification",
+        "ForCausalLM": "AutoModelForCausalLM",
+    }
+    return getattr(transformers, next((kinds[end] for end in kinds if written.endswith(end)), "AutoModel"))
+
+
+def _cut_config(config: Any, layers: Sequence[int]) -> None:
+    """Settings that are lists with one entry a layer (`layer_types`) are cut along."""
+    count = config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == count:
+            setattr(config, name, [value[layer] for layer in layers])
+    config.num_hidden_layers = len(layers)
 
 
 def init_model(
@@ -189,6 +290,7 @@ def init_model(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
+    register_nets()
     try:
         unknown = sorted(set(settings) - set(AutoConfig.for_model(architecture).to_dict()))
         if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,18 @@ from llmkd import ranks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HEADS = ("score", "classifier")
+NEW = "_llmkd_new"  # where a model keeps the names of its backbone's modules that no checkpoint had
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of what is trained in full whatever the rest: all that stands outside the backbone, by
+    `base_model_prefix`, and those of the backbone's modules that began at random (a new pooler)."""
+    outside = [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+    return [*outside, *model.__dict__.get(NEW, ())]
 
 
 def add_lora(
@@ -27,16 +39,19 @@ def add_lora(
 ) -> nn.Module:
     """Freeze a sequence classifier (or a causal LM) and add LoRA beside its linear layers.
 
-    Hu et al. 2021, arXiv 2106.09685. A classifier's head is trained in full, and like the adapter in
-    float32 whatever the base is held in.
+    Hu et al. 2021, arXiv 2106.09685. A classifier's head modules are trained in full, and like the
+    adapter in float32 whatever the base is held in.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    heads = [] if causal else head_modules(model)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets,
+        modules_to_save=heads or None,
+        exclude_modules=rf"({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None,
         task_type=TaskType.CAUSAL_LM if causal else TaskType.SEQ_CLS,
     )
     adapted = get_peft_model(model, config)
@@ -106,3 +121,21 @@ def _forget_base_path(directory: Path) -> None:
     if Path(config.get("base_model_name_or_path") or "").is_dir():
         config["base_model_name_or_path"] = None
         path.write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def load_trained(model: nn.Module, directory: Path) -> None:
+    """Put what `save_trained` left of a fold into a model of the same kind, sharded by ZeRO-3 or not."""
+    from safetensors.torch import load_file
+
+    from llmkd.models.artifact import open_tensors
+
+    if hasattr(model, "peft_config"):
+        saved = load_file(directory / "adapter_model.safetensors")
+        return load_trainable(model, {name: saved[_saved_name(name)] for name in trainable(model)})
+    with open_tensors(directory) as tensors:
+        load_trainable(model, {name: tensors[name]() for name in trainable(model)})
+
+
+def _saved_name(name: str) -> str:
+    """The name under which peft saves a parameter of its adapter called `default`."""
+    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")

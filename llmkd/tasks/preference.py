@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -14,6 +14,16 @@ LABELS: tuple[str, ...] | None = ("a", "b", "tie")
 # The wording of the winning solution of the LMSYS Chatbot Arena competition (2024).
 TEMPLATE = 'User question:\n"""{prompt}"""\nAnswer A:\n"""{response_a}"""\nAnswer B:\n"""{response_b}"""'
 TRIM: tuple[tuple[str, ...], ...] = (("response_a", "response_b"), ("prompt",))
+# What is graded of each answer; with it goes one number for how far a is ahead of b.
+GRADED: tuple[str, ...] = ("new", "variety", "letters", "grounded", "breaks")
+# What `summary` tells, each in one word.
+SUMMARY: tuple[str, ...] = (
+    "size_prompt",
+    "alike",
+    *(f"{name}_{side}" for name in ("size", "topic", "code", "list", *GRADED) for side in "ab"),
+    "size_ratio",
+    *(f"{name}_gap" for name in GRADED),
+)
 COMPUTED: tuple[str, ...] = (
     "words_a",
     "words_b",
@@ -38,7 +48,10 @@ COMPUTED: tuple[str, ...] = (
     "words_prompt",
     "length_prompt",
     "size_prompt",
+    *(f"{name}_{end}" for name in GRADED for end in ("a", "b", "gap")),
+    "summary",
 )
+WORDY: tuple[str, ...] = ("summary",)  # for a template: as a category, nearly every row is one of its own
 
 _WORD = re.compile(r"\w+")
 _LIST_ITEM = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+\S", re.MULTILINE)
@@ -53,15 +66,23 @@ def computed(row: Mapping[str, str]) -> dict[str, str]:
     are yes or no. Finer: size_* are word counts in quarter octaves, size_ratio their difference from -14 to
     +14, topic_* the share of the prompt's distinct words that an answer uses and alike the share of
     both answers' distinct words that they have in common, both in eighths.
-    Under `swap` the _a and _b fields change places, longer and the ratios change sign, alike stays.
+    Of an answer's distinct words, new_* counts those that the prompt lacks, in quarter octaves, and
+    grounded_* is the share that stands in the prompt or in the row's `context`, where it has that
+    column (task.extra); variety_* is their share of all its words, both in sixteenths. letters_* is the mean
+    length of its words, spaces included, in quarter characters; breaks_* its line breaks in half octaves.
+    Each of these five has a *_gap, the first answer's minus the second's from -14 to +14.
+    summary tells the finer fields as words of letters alone, which a tokenizer keeps whole: see `_word`.
+    Under `swap` the _a and _b fields change places, longer, the ratios and gaps change sign, alike stays.
     """
     a, b = row["response_a"], row["response_b"]
     words = len(row["prompt"].split())
     asked, told_a, told_b = (_distinct(text) for text in (row["prompt"], a, b))
-    return {
+    known = asked | _distinct(row.get("context", ""))
+    fields = {
         **_answer(a, "a"),
         **_answer(b, "b"),
         **_comparison(len(a.split()), len(b.split())),
+        **_grades(_measured(a, told_a, asked, known), _measured(b, told_b, asked, known)),
         "topic_a": _eighths(asked & told_a, asked),
         "topic_b": _eighths(asked & told_b, asked),
         "alike": _eighths(told_a & told_b, told_a | told_b),
@@ -69,6 +90,7 @@ def computed(row: Mapping[str, str]) -> dict[str, str]:
         "words_prompt": str(words),
         "length_prompt": _bucket(words),
     }
+    return {**fields, "summary": " ".join(_word(name, fields[name]) for name in SUMMARY)}
 
 
 def mirror(count: int) -> tuple[int, ...] | None:
@@ -109,6 +131,38 @@ def _comparison(words_a: int, words_b: int) -> dict[str, str]:
     ratio, fine = max(-6, min(6, round(2 * octaves))), max(-14, min(14, round(4 * octaves)))
     longer = "same" if words_a == words_b else "a" if words_a > words_b else "b"
     return {"longer": longer, "length_ratio": _signed(ratio), "size_ratio": _signed(fine)}
+
+
+def _measured(text: str, told: set[str], asked: set[str], known: set[str]) -> tuple[int, ...]:
+    """An answer's numbers in the order of GRADED."""
+    words = len(text.split())
+    return (
+        round(4 * math.log2(len(told - asked) + 1)),
+        round(16 * len(told) / max(len(_WORD.findall(text)), 1)),
+        min(round(4 * len(text) / max(words, 1)), 40),
+        round(16 * len(told & known) / max(len(told), 1)),
+        round(2 * math.log2(text.count("\n") + 1)),
+    )
+
+
+def _grades(a: Sequence[int], b: Sequence[int]) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    for name, ours, theirs in zip(GRADED, a, b, strict=True):
+        gap = max(-14, min(14, ours - theirs))
+        fields |= {f"{name}_a": str(ours), f"{name}_b": str(theirs), f"{name}_gap": _signed(gap)}
+    return fields
+
+
+def _word(name: str, value: str) -> str:
+    """A field and its value as one word of letters: size_a 27 is sizeabb, size_ratio -3 sizeratiominusd.
+
+    Tokenizers split letters from digits and signs; a word that stands in many rows becomes one token.
+    """
+    letters = value
+    if value.lstrip("+-").isdecimal():
+        high, low = divmod(abs(int(value)), 26)
+        letters = "minus" * value.startswith("-") + (chr(96 + high) if high else "") + chr(97 + low)
+    return name.replace("_", "") + letters
 
 
 def _signed(number: int) -> str:

@@ -78,6 +78,15 @@ def encoder(
     return encode
 
 
+def check(
+    kind: str, template: str | None, max_words: Mapping[str, int] | None = None, extra: Sequence[str] = ()
+) -> None:
+    """Raise ConfigError where a template does not fit its kind; as `encoder` would, without a tokenizer."""
+    task = KINDS[kind]
+    pieces = _cut(template or task.TEMPLATE, (*task.FIELDS, *extra), task.COMPUTED)
+    _check_template(pieces, task.FIELDS, max_words or {})
+
+
 def trim(lengths: Mapping[str, int], budget: int, groups: Sequence[Sequence[str]]) -> dict[str, int]:
     """Lengths to keep so that their sum is at most `budget`; all of them where they fit.
 

@@ -1,0 +1,254 @@
+"""The loss of a language model without its logits: nothing of size tokens × vocabulary ever exists.
+
+A chunk of tokens goes from hidden states to logits, to losses and to the gradient of its logits, student
+and teachers alike, and from there at once to the gradients of the hidden states and of the head's weight.
+So backward has nothing to compute again, and a pass costs the same matrix products as the plain way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkd.errors import ModelError
+from llmkd.models.head import Head
+from llmkd.objective import Objective
+from llmkd.sparse import Sparse, sparse_objective
+
+CHUNK = 128  # tokens: enough for a matrix product at full speed, 131 MB of float32 logits at 256,000 words
+
+Teacher = tuple[Tensor, Head] | Sparse  # hidden states (N, H_t) and what makes logits of them, or a cache's
+Found = tuple[Tensor, dict[str, Tensor], Any]  # losses (n,), parts, d losses / d raw logits (n, V) or None
+
+
+def chunked_loss(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    objective: Objective,
+    teachers: Sequence[Teacher] = (),
+    *,
+    weights: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss (N,) of each token and its unweighted parts {name: (N,)}, as `objective` defines them.
+
+    hidden (N, H): the student's, at the positions that predict a target; targets (N,) int64.
+    teachers: in the objective's order; all online, or all from a cache (`sparse_objective`).
+    weights (N,): the tokens' shares of the final loss, up to one factor; all alike by default. They only
+    save time: where the loss turns out to weigh them otherwise, the head's gradient is computed anew.
+    Gradients flow to `hidden` and to the head's weight where they require it, to teachers never.
+    Raises ModelError where vocabularies differ.
+    """
+    _check_vocabularies(
+        head, targets, [teacher[1] for teacher in teachers if not isinstance(teacher, Sparse)]
+    )
+    if not len(targets):
+        return hidden.sum(-1), {}
+    if weights is None:
+        weights = torch.ones(len(targets), device=hidden.device)
+    head = head.to(hidden.dtype)  # one copy a call, not one a chunk
+    teachers = [t if isinstance(t, Sparse) else (t[0], t[1].to(t[0].dtype)) for t in teachers]
+    names: list[str] = []
+    grows = torch.is_grad_enabled()
+    more = (head, targets, objective, teachers, weights, chunk, names, grows)
+    found = _Chunked.apply(hidden, head.weight, *more)
+    return found[0], dict(zip(names, found[1:], strict=True))
+
+
+def _check_vocabularies(head: Head, targets: Tensor, teachers: Sequence[Head]) -> None:
+    for teacher in teachers:
+        if teacher.size != head.size:
+            raise ModelError(
+                f"the student's head has {head.size} words, a teacher's {teacher.size}; name teachers that "
+                "share its tokenizer, and the real vocabulary where the rest is padding"
+            )
+    if len(targets) and int(targets.max()) >= head.size:
+        raise ModelError(f"target {int(targets.max())} is beyond the {head.size} words; check the tokenizer")
+
+
+class _Chunked(torch.autograd.Function):
+    """Losses and parts, (N,) each; gradients are made in forward, and scaled in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *more: Any) -> tuple[Tensor, ...]:
+        head, targets, objective, teachers, weights, chunk, names, grows = more
+        of_hidden, of_weight = (grows and need for need in ctx.needs_input_grad[:2])
+        ctx.by_hidden = torch.empty_like(hidden) if of_hidden else None  # (N, H)
+        ctx.by_weight = _zeros(weight) if of_weight else None  # (V, H)
+        kept, room = [], _room(hidden, head, objective, teachers, chunk)
+        for rows in _chunks(len(hidden), chunk):
+            found = _chunk(hidden[rows], head, targets[rows], objective, _cut(teachers, rows), grows, room)
+            losses, parts, grad = found
+            names[:] = list(parts)
+            kept.append((losses, *parts.values()))
+            if of_hidden:
+                ctx.by_hidden[rows] = grad @ weight[: head.size]
+            if of_weight:
+                _add(ctx.by_weight, grad.mul_(weights[rows, None]), hidden[rows])
+            del found, grad
+        joined = tuple(torch.cat(column) for column in zip(*kept, strict=True))
+        ctx.mark_non_differentiable(*joined[1:])
+        ctx.save_for_backward(hidden, weight, weights)
+        ctx.more = (head, targets, objective, teachers, chunk)
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        """A token's row of a gradient is its own loss's, so what comes from above only scales it."""
+        above = upstream[0]  # (N,)
+        by_hidden = None
+        if ctx.by_hidden is not None:
+            by_hidden = ctx.by_hidden * above[:, None].to(ctx.by_hidden.dtype)
+        by_weight = _head_gradient(ctx, above) if ctx.needs_input_grad[1] else None
+        return by_hidden, by_weight, *[None] * 8
+
+
+def _head_gradient(ctx: Any, above: Tensor) -> Tensor:
+    """The sum over tokens made in forward, once scaled; made anew where the weights were not as promised."""
+    hidden, weight, promised = ctx.saved_tensors
+    made, ctx.by_weight = ctx.by_weight, None  # scaled in place: a second backward is refused below
+    if made is None:
+        raise RuntimeError("a second backward through chunked_loss; call it again")
+    promised = promised.to(above.dtype)
+    factor = (above @ promised) / (promised @ promised)
+    if torch.allclose(above, factor * promised, rtol=1e-6, atol=0):
+        return made.mul_(factor).to(weight.dtype)  # type: ignore[no-any-return]
+    head, targets, objective, teachers, chunk = ctx.more
+    made.zero_()
+    room = _room(hidden, head, objective, teachers, chunk)
+    for rows in _chunks(len(hidden), chunk):
+        found = _chunk(hidden[rows], head, targets[rows], objective, _cut(teachers, rows), True, room)
+        _add(made, found[2].mul_(above[rows, None]), hidden[rows])
+    return made.to(weight.dtype)  # type: ignore[no-any-return]
+
+
+def _chunk(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    objective: Objective,
+    teachers: list[Teacher],
+    grows: bool,
+    room: list[Tensor],
+) -> Found:
+    if room:
+        found = _closed_form(hidden, head, targets, objective, teachers, room)
+        return found[0], found[1], found[2].to(hidden.dtype) if grows else None
+    raw = head.raw(hidden)  # (n, V)
+    with torch.set_grad_enabled(grows):
+        raw.requires_grad_(grows)
+        logits = head.cap(raw)
+        if teachers and isinstance(teachers[0], Sparse):
+            losses, parts = sparse_objective(objective, logits, targets, teachers)  # type: ignore[arg-type]
+        else:
+            losses, parts = objective(logits, targets, _stacked(teachers))
+        del logits
+        grad = torch.autograd.grad(losses.sum(), raw)[0] if grows else None
+    return losses.detach(), {name: part.detach() for name, part in parts.items()}, grad
+
+
+def _stacked(teachers: list[Teacher]) -> Tensor | None:
+    """Logits (n, T, V); one teacher's without a copy."""
+    logits = [head.logits(hidden) for hidden, head in teachers]  # type: ignore[misc]
+    if len(logits) < 2:
+        return logits[0][:, None] if logits else None
+    return torch.stack(logits, 1)
+
+
+def _closed_form(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    objective: Objective,
+    teachers: list[Teacher],
+    room: list[Tensor],
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """ce and kl with their gradients, w_ce (softmax(z) - 1[target]) + Σ_i w_i T_i (q_i - p_i).
+
+    In four buffers (n, V) that all chunks share: fresh memory for every step would cost the CPU as much
+    again in page faults as the arithmetic.
+    """
+    z, grad, a, p = (buffer[: len(hidden)] for buffer in room)
+    _logits(hidden, head, z)
+    grad.zero_()
+    parts: dict[str, Tensor] = {}
+    loss = z.new_zeros(len(z))
+    if "ce" in objective.terms:
+        torch.softmax(z, -1, out=grad)
+        parts["ce"] = _log_sum(z, grad) - z.gather(-1, targets[:, None])[:, 0]
+        loss += objective.terms["ce"] * parts["ce"]
+        grad.scatter_add_(-1, targets[:, None], grad.new_full((len(z), 1), -1)).mul_(objective.terms["ce"])
+    soft = objective.terms.get("kl")
+    named = zip(objective.teachers, objective.teacher_weights, objective.temperatures, strict=True)
+    for (name, weight, t), teacher in zip(named, teachers if soft is not None else (), strict=False):
+        assert not isinstance(teacher, Sparse)
+        assert soft is not None
+        _logits(*teacher, a).div_(t)
+        torch.softmax(a, -1, out=p)
+        log_sums = _log_sum(a, p)  # (n,)
+        a.sub_(z, alpha=1 / t)
+        gap = (p[:, None] @ a[..., None]).flatten()  # Σ p (a - z / T), row by row
+        grad.sub_(p, alpha=soft * weight * t)
+        torch.div(z, t, out=a)
+        q = torch.softmax(a, -1, out=p)
+        grad.add_(q, alpha=soft * weight * t)
+        parts[f"kl/{name}"] = t**2 * (gap - log_sums + _log_sum(a, q))
+        loss += soft * weight * parts[f"kl/{name}"]
+    if head.softcap is not None:
+        grad.mul_(z.div_(head.softcap).square_().neg_().add_(1))
+    return loss / objective.total, parts, grad.div_(objective.total)
+
+
+def _logits(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
+    """`head.logits(hidden)` into `out` (n, V)."""
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, head.weight[: head.size].T, out=out)
+    else:
+        out.copy_(head.raw(hidden))
+    return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def _log_sum(logits: Tensor, p: Tensor) -> Tensor:
+    """log Σ exp(logits), (n,), of logits whose softmax is p."""
+    return logits.amax(-1) - p.amax(-1).log()
+
+
+def _room(
+    hidden: Tensor, head: Head, objective: Objective, teachers: Sequence[Teacher], chunk: int
+) -> list[Tensor]:
+    """Four buffers (chunk, V), float32 at least, where the closed form serves; else none."""
+    cached = any(isinstance(teacher, Sparse) for teacher in teachers)
+    if cached or not set(objective.terms) <= {"ce", "kl"} or objective.weighting != "fixed":
+        return []
+    shape = (min(chunk, len(hidden)), head.size)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return [torch.empty(shape, dtype=wide, device=hidden.device) for _ in range(4)]
+
+
+def _chunks(count: int, chunk: int) -> list[slice]:
+    return [slice(begin, min(begin + chunk, count)) for begin in range(0, count, chunk)]
+
+
+def _cut(teachers: Sequence[Teacher], rows: slice) -> list[Teacher]:
+    return [
+        teacher.rows(rows) if isinstance(teacher, Sparse) else (teacher[0][rows], teacher[1])
+        for teacher in teachers
+    ]
+
+
+def _zeros(weight: Tensor) -> Tensor:
+    """Sums over many chunks are kept in float32 at least."""
+    return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+
+
+def _add(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total (V, H) += gradᵀ (size, n) · hidden (n, H), in place; rows that pad the vocabulary stay."""
+    part = total[: grad.shape[1]]
+    if grad.dtype == total.dtype:
+        part.addmm_(grad.T, hidden)
+    else:
+        part += grad.T @ hidden

@@ -1,0 +1,187 @@
+"""What no single field of a config can know: each problem starts with the path of the field to mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from llmkd.errors import ConfigError
+from llmkd.tasks import KINDS
+from llmkd.tasks.template import check as check_template
+
+if TYPE_CHECKING:
+    from llmkd.schema import Config, Distill, Student
+
+
+def crosschecks(config: Config) -> Iterator[str]:
+    yield from _names(config)
+    yield from _task(config)
+    yield from _language(config)
+    for i, phase in enumerate(config.pretrain):
+        known = [model.name for model in config.models]
+        for name in sorted(set(phase.models or ()) - set(known)):
+            yield f"pretrain.{i}.models: no model named {name!r}; there are {known}"
+    for place, student in enumerate(config.students):
+        where = f"students.{place}" if len(config.students) > 1 else "student"
+        yield from _chain(config, student, where, place)
+        try:
+            distill = config.distill_of(student)
+        except ValidationError as error:
+            for problem in error.errors():
+                path = ".".join(map(str, (where, "distill", *problem["loc"])))
+                yield f"{path}: {problem['msg'].removeprefix('Value error, ')}"
+            continue
+        where = f"{where}.distill" if student.distill else "distill"
+        yield from _views(config, distill, where)
+        yield from _distill(config, student, distill, where)
+        if config.task.kind == "causal_lm":
+            yield from _sequence(distill, where)
+
+
+def _names(config: Config) -> Iterator[str]:
+    names = [item.name for item in (*config.teachers, *config.students, *config.peers)]
+    if len(set(names)) < len(names):
+        yield f"teachers, student: names {names} must differ"
+    if config.peers and config.distill.method != "mutual":
+        yield f"peers: only distill.method: mutual trains them, not {config.distill.method}"
+    if config.quantize and config.student.is_net:
+        yield "quantize: GPTQ packs transformers, not the package's own nets; set quantize: null"
+
+
+def _task(config: Config) -> Iterator[str]:
+    task = config.task
+    if config.evaluate.tta == "swap" and not task.swap:
+        yield "evaluate.tta = 'swap': needs task.swap: true"
+    if task.swap and task.kind != "preference":
+        yield f"task.swap = True: only preference rows have two orders, not {task.kind}"
+    if not task.labels and not KINDS[task.kind].LABELS and task.kind != "causal_lm":
+        yield "task.labels: name the classes in order, e.g. [negative, positive]"
+    if task.labels and len(set(task.labels)) < len(task.labels):
+        yield f"task.labels = {task.labels}: names must differ"
+    for kind, name in (("tabular", "features"), ("image", "image")):
+        if (task.kind == kind) != (getattr(task, name) is not None):
+            yield f"task.{name}: belongs to kind: {kind}, and kind: {kind} needs it; kind is {task.kind}"
+    fields = [*KINDS[task.kind].FIELDS, *task.extra, *(["messages"] if task.kind == "causal_lm" else [])]
+    for key in ("columns", "max_words"):
+        for field in sorted(set(getattr(task, key) or ()) - set(fields)):
+            yield f"task.{key}.{field}: no such field; there are {fields}"
+    if task.template is not None and KINDS[task.kind].FIELDS:
+        try:
+            check_template(task.kind, task.template, None, task.extra)
+        except ConfigError as error:
+            yield f"task.template: {error}"
+    for model in config.models:
+        if model.is_net != (task.kind in ("tabular", "image")):
+            reads = "features or pixels" if model.is_net else "text"
+            yield f"{model.name}: reads {reads}, but task.kind is {task.kind}; choose another architecture"
+
+
+def _language(config: Config) -> Iterator[str]:
+    """A language model's rows have no labels and no folds, and its teachers are its like."""
+    task = config.task
+    if task.kind != "causal_lm":
+        if config.distill.method == "sequence":
+            yield f"distill.method = 'sequence': learns next tokens of task.kind: causal_lm, not {task.kind}"
+        return
+    if config.folds.count != 1:
+        yield f"folds.count = {config.folds.count}: next tokens need no folds; set folds: {{count: 1}}"
+    for name in ("template", "transfer", "labels", "label_values", "max_words", "extra"):
+        if getattr(task, name):
+            yield f"task.{name}: a causal_lm row is its text, or its messages, and no more; remove it"
+    if {"text", "messages"} <= set(task.columns):
+        yield "task.columns: name text or messages, not both"
+    if task.pack and "messages" in task.columns:
+        yield "task.pack = True: a chat is a row of its own; set it to false"
+    for teacher in config.teachers:
+        if getattr(teacher, "kind", "llm") != "llm":
+            yield f"teachers: {teacher.name} is no language model; a causal_lm task takes kind: llm"
+    for i, phase in enumerate(config.pretrain):
+        if phase.objective != "causal_lm":
+            yield f"pretrain.{i}.objective = {phase.objective!r}: needs labels; set objective: causal_lm"
+    if len(config.students) > 1:
+        yield f"students: {len(config.students)} of them, but a causal_lm run has one; give student:"
+
+
+def _sequence(distill: Distill, where: str) -> Iterator[str]:
+    if distill.method != "sequence":
+        yield f"{where}.method = {distill.method!r}: task.kind: causal_lm learns by method: sequence"
+        return
+    if distill.phases:
+        yield f"{where}.phases: sequence distillation is one training; give it epochs"
+    further = sorted(name for name, weight in distill.terms.items() if weight and name not in ("ce", "kl"))
+    if distill.cache and further:
+        yield f"{where}.terms.{further[0]}: needs all the teacher's logits; set cache: null to run it beside"
+    if distill.cache and distill.weighting != "fixed":
+        yield f"{where}.weighting = {distill.weighting!r}: needs all the teachers' logits; set cache: null"
+    if distill.cache and distill.on_policy:
+        yield f"{where}.on_policy = {distill.on_policy}: no cache knows the student's words; set cache: null"
+    if distill.on_policy and not any(weight for name, weight in distill.terms.items() if name != "ce"):
+        yield f"{where}.on_policy = {distill.on_policy}: its own words teach it nothing; give kl a weight"
+
+
+def _chain(config: Config, student: Student, where: str, place: int) -> Iterator[str]:
+    """A student learns from teachers and from students before it, so that no chain runs in a circle."""
+    earlier = [
+        *(teacher.name for teacher in config.teachers),
+        *(one.name for one in config.students[:place]),
+    ]
+    later = {one.name for one in config.students[place:]}
+    for name in student.teachers or ():
+        if name in later:
+            yield f"{where}.teachers: {name!r} is not trained before {student.name!r}: a chain in a circle"
+        elif name not in earlier:
+            yield f"{where}.teachers: no teacher or earlier student named {name!r}; there are {earlier}"
+
+
+def _views(config: Config, distill: Distill, where: str) -> Iterator[str]:
+    if config.folds.count == 1 and distill.view == "oof":
+        yield f"{where}.view = 'oof': needs folds.count of 2 or more; with one fold every row was trained on"
+    if not config.teachers:
+        return
+    needed = "in_sample" if config.folds.count == 1 else distill.view
+    if needed not in config.views:
+        yield f"views = {config.views}: the student reads {needed!r}, so add it"
+    if config.folds.count > 1 and needed != "oof" and "oof" not in config.views:
+        yield f"views = {config.views}: the teachers are judged out of fold, so add 'oof'"
+    if distill.weighting == "fitted" and config.folds.count == 1:
+        yield f"{where}.weighting = 'fitted': needs out-of-fold logits; set folds.count of 2 or more"
+
+
+def _distill(config: Config, student: Student, distill: Distill, where: str) -> Iterator[str]:
+    teachers = sorted(config.teachers_of(student))
+    for key in ("teacher_weights", "temperature"):
+        named = getattr(distill, key)
+        for name in sorted(set(named) - set(teachers)) if isinstance(named, dict) else ():
+            yield f"{where}.{key}.{name}: no teacher of that name; there are {teachers}"
+    weights = [distill.teacher_weights.get(name, 1.0) for name in teachers]
+    alone = distill.method in ("mutual", "self_distillation")
+    if not teachers and not alone:
+        yield f"teachers: none, and {where}.method = {distill.method!r} learns from at least one; add one"
+    elif not distill.terms.get("ce") and not any(weights):
+        yield f"{where}.teacher_weights: all 0, and no ce term: nothing would be learnt"
+    for i, phase in enumerate(distill.in_phases() if distill.phases else ()):
+        soft = any(weight for name, weight in phase.terms.items() if name != "ce")
+        if not phase.terms.get("ce") and (not soft or not teachers):
+            yield f"{where}.phases.{i}.terms = {phase.terms}: refers to no teacher and no label; add a term"
+        if not soft and "train" not in phase.rows:
+            yield f"{where}.phases.{i}.rows = {phase.rows}: without labels, and no soft term; add 'train'"
+        for part in set(phase.rows) & {"transfer", "test"}:
+            if getattr(config.task, part) is None and "rows" in distill.phases[i].model_fields_set:
+                yield f"{where}.phases.{i}.rows: {part!r}, but there is no task.{part}; name a source"
+    if distill.method == "mutual" and not config.peers:
+        yield f"{where}.method = 'mutual': needs peers: to learn with; add at least one"
+    if (distill.method == "feature") != bool(distill.features):
+        yield f"{where}.features: belong to method: feature, which needs at least one; method is " + repr(
+            distill.method
+        )
+    for i, pair in enumerate(distill.features):
+        if pair.teacher not in teachers:
+            yield f"{where}.features.{i}.teacher = {pair.teacher!r}: no such teacher; there are {teachers}"
+    if distill.method in ("online", "feature"):
+        if distill.view != "in_sample":
+            yield f"{where}.view = {distill.view!r}: an online teacher is the fold's own; set view: in_sample"
+        networks = {model.name for model in config.models}
+        for name in sorted(set(teachers) - networks):
+            yield f"{where}.method = {distill.method!r}: {name} is no network to run; set method: cached"

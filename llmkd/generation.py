@@ -1,0 +1,174 @@
+"""What a causal LM says: judged against text and teachers, and continued."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkd import ranks
+from llmkd.batches import Examples, Rows, sorted_batches
+from llmkd.chunked import CHUNK
+from llmkd.errors import DataError
+from llmkd.losses import ce, kl
+from llmkd.models.head import Head, head_of, inner, predicting_states, target_mask, with_heads
+from llmkd.train import inference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def evaluate_lm(
+    model: nn.Module,
+    examples: Examples,
+    rows: Rows,
+    *,
+    batch_tokens: int,
+    vocab: int,
+    teachers: Mapping[str, nn.Module] | None = None,
+    precision: str = "fp32",
+    chunk: int = CHUNK,
+) -> dict[str, float]:
+    """Means over all targets of `rows`, each counted once, whatever the ranks.
+
+    {"nll", "perplexity", "tokens": the targets, "tokens_per_second": real tokens read by the model alone,
+    on this rank}, and for each teacher {"kl/name": KL(teacher || model), "agreement/name": the share of
+    targets whose top word is the teacher's}. In nats, at temperature 1, over the first `vocab` words.
+    Raises DataError without rows.
+    """
+    if not len(rows):
+        raise DataError("no rows to evaluate a language model on; check the test part")
+    teachers = teachers or {}
+    batches = sorted_batches(rows, examples.lengths, batch_tokens)
+    fill = -len(batches) % ranks.world()  # ZeRO-3: equally many forwards on every rank
+    mine = [*range(len(batches)), *[len(batches) - 1] * fill][ranks.rank() :: ranks.world()]
+    found: dict[int, dict[str, float]] = {}
+    tokens, seconds = 0, 0.0
+    with inference(model):
+        _sums(model, {}, examples, batches[-1], vocab, precision, chunk)  # the first forward is slow: untimed
+        for number in mine:
+            found[number], took = _sums(model, teachers, examples, batches[number], vocab, precision, chunk)
+            tokens, seconds = tokens + int(examples.lengths[batches[number]].sum()), seconds + took
+    merged = {number: sums for part in ranks.gather(found) for number, sums in part.items()}
+    totals = {name: math.fsum(sums[name] for sums in merged.values()) for name in found[mine[0]]}
+    count = totals.pop("tokens")
+    means = {name: total / count for name, total in totals.items()}
+    speed = {"tokens": count, "tokens_per_second": tokens / seconds}
+    return {**means, "perplexity": math.exp(means["nll"]), **speed}
+
+
+def _sums(
+    model: nn.Module,
+    teachers: Mapping[str, nn.Module],
+    examples: Examples,
+    rows: Rows,
+    vocab: int,
+    precision: str,
+    chunk: int,
+) -> tuple[dict[str, float], float]:
+    """A batch's sums over targets, and the seconds that the model alone took."""
+    inputs, real = batch_inputs(model, examples, rows)
+    targets = inputs["input_ids"][:, 1:][real]  # (N,)
+    sums = dict.fromkeys(
+        ["nll", *(f"{what}/{name}" for name in teachers for what in ("kl", "agreement"))], 0.0
+    )
+    seconds, began = 0.0, _now(real)
+    states = predicting_states(model, inputs, real, precision)  # (N, H)
+    seconds += _now(real) - began
+    theirs = {name: predicting_states(teacher, inputs, real, precision) for name, teacher in teachers.items()}
+
+    def body() -> None:
+        nonlocal seconds
+        head = head_of(model, vocab).to(states.dtype)
+        heads = {name: head_of(teacher, vocab).to(states.dtype) for name, teacher in teachers.items()}
+        for begin in range(0, len(targets), chunk):
+            part, began = slice(begin, begin + chunk), _now(real)
+            logits = head.logits(states[part])  # (n, vocab)
+            sums["nll"] += float(ce(logits, targets[part]).double().sum())
+            seconds += _now(real) - began
+            for name, of in heads.items():
+                teacher = of.logits(theirs[name][part])  # (n, vocab)
+                sums[f"kl/{name}"] += float(kl(logits, teacher).double().sum())
+                sums[f"agreement/{name}"] += int((logits.argmax(-1) == teacher.argmax(-1)).sum())
+
+    with_heads([model, *teachers.values()], states, body)
+    return {**sums, "tokens": len(targets)}, seconds
+
+
+def batch_inputs(model: nn.Module, examples: Examples, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
+    """A batch's inputs and which positions predict a target, (B, L - 1), on the model's device."""
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in examples.inputs(rows).items()}
+    marked = examples.beside["targets"](rows)["mask"].to(device) if "targets" in examples.beside else None
+    return inputs, target_mask(inputs, marked)
+
+
+def _now(tensor: Tensor) -> float:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
+def continuations(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    vocab: int,
+    pad_id: int,
+    eos_id: int | None,
+    sample: bool = False,
+) -> list[list[int]]:
+    """What the model says after each prompt, up to and with eos: greedily, or drawn at temperature 1.
+
+    Only the first `vocab` words are said. Raises DataError for an empty prompt.
+    """
+    if not all(map(len, prompts)):
+        raise DataError("a prompt has no tokens; begin it with the tokenizer's bos token")
+    causal = inner(model)
+    device, longest = next(model.parameters()).device, max(map(len, prompts))
+    # padded on the left, as what follows stands on the right
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    rows = _rows(head_of(model))
+    choice: dict[str, Any] = {"do_sample": sample}
+    if sample:  # the model's own distribution, whatever its generation config says
+        choice |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    with inference(model):
+        found = causal.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=list(range(vocab, rows)) or None,
+            pad_token_id=pad_id,
+            eos_token_id=eos_id,
+            **choice,
+        )
+    said = found[:, longest:].tolist()
+    return [row[: row.index(eos_id) + 1] if eos_id in row else row for row in said]
+
+
+def _rows(head: Head) -> int:
+    weight: Any = head.weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
+def greedy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    vocab: int,
+) -> list[str]:
+    """The model's greedy continuation of each text, without special tokens."""
+    ids = [tokenizer(prompt, split_special_tokens=True)["input_ids"] for prompt in prompts]
+    eos = tokenizer.eos_token_id
+    ids = [row[:-1] if eos is not None and row[-1:] == [eos] else row for row in ids]
+    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    said = continuations(model, ids, max_new_tokens=max_new_tokens, vocab=vocab, pad_id=pad, eos_id=eos)  # type: ignore[arg-type]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]

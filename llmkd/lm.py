@@ -1,0 +1,243 @@
+"""What the stages call where a run's task is causal_lm: rows as tokens, caches, a student's training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from llmkd import crossfit, ranks, units
+from llmkd.errors import DataError
+from llmkd.schema import Config, Distill, Llm, Student
+from llmkd.stage import base, load_base, prepared, say, text_settings
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from llmkd.batches import Examples
+    from llmkd.shards import Cache
+    from llmkd.sparse import Layout
+
+CACHE = "cache"  # a teacher's unit holds it
+
+
+def chats_as_text(table: pa.Table, column: str, part: str) -> pa.Table:
+    """A source's table with its chats as JSON in a column `text`. Raises DataError."""
+    from llmkd.tasks.causal_lm import as_chats
+
+    if column not in table.column_names:
+        raise DataError(f"{part}: no column {column!r} (correct task.columns.messages)")
+    values = ["[]" if value is None else value for value in table[column].to_pylist()]
+    chats = as_chats(values, f"{part}: row {{row}} of {column!r}")
+    texts = [json.dumps(chat, ensure_ascii=False) if chat else "" for chat in chats]
+    kept = [name for name in table.column_names if name not in ("text", "label", "bayes")]
+    return table.select(kept).append_column("text", pa.array(texts, pa.string()))
+
+
+def plain_texts(table: pa.Table, chats: bool, part: str = "train") -> list[str]:
+    """The words of a prepared table's rows, a chat's turn by turn."""
+    rows = [row["text"] for row in table.select(["part", "text"]).to_pylist() if row["part"] == part]
+    return [turn["content"] for row in rows for turn in json.loads(row)] if chats else rows
+
+
+def without_test_texts(texts: Sequence[str], table: pa.Table, chats: bool) -> list[str]:
+    """Pretraining texts less those that are a test row's (casefolded, whitespace collapsed)."""
+    held = {" ".join(text.casefold().split()) for text in plain_texts(table, chats, "test")}
+    kept = [text for text in texts if " ".join(text.casefold().split()) not in held]
+    if not kept:
+        raise DataError("every text is a test row's; give a test part of its own")
+    return kept
+
+
+def examples(
+    table: pa.Table,
+    tokenizer: PreTrainedTokenizerBase,
+    part: str,
+    *,
+    max_tokens: int,
+    chats: bool,
+    mask_prompt: bool,
+    pack: bool,
+) -> tuple[Examples, dict[str, int]]:
+    """One part's rows in tokens, and counts {"rows", "cut", "without_targets"}; rows without are left out.
+
+    Packed, a row is a block of `max_tokens` over all texts.
+    """
+    from llmkd.tasks.causal_lm import block_examples, chat_examples, text_examples
+
+    rows = table.filter(pa.array([one == part for one in table["part"].to_pylist()]))
+    ids, texts = rows["id"].to_pylist(), rows["text"].to_pylist()
+    if not texts:
+        raise DataError(f"{part}: no rows; give task.{part} some")
+    if chats:
+        said = [json.loads(text) for text in texts]
+        return chat_examples(said, tokenizer, max_tokens, masked=mask_prompt, ids=ids)
+    if pack:
+        found = block_examples(texts, tokenizer, max_tokens)
+        return found, {"rows": len(found.ids), "cut": 0, "without_targets": 0}
+    return text_examples(texts, tokenizer, max_tokens, ids)
+
+
+def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
+    """The student's: all of a run's texts are read in its tokens, by its teachers too."""
+    from llmkd.models.load import load_tokenizer
+
+    return load_tokenizer(base(config, config.student)[0], config.student.pad_token)
+
+
+def vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of words that the student shares with all its teachers. Raises ConfigError."""
+    from llmkd.models.load import load_tokenizer
+    from llmkd.tasks.causal_lm import shared_vocabulary
+
+    theirs = {
+        which.name: load_tokenizer(base(config, which)[0], which.pad_token)
+        for which in config.teachers
+        if isinstance(which, Llm)
+    }
+    return shared_vocabulary(tokenizer, theirs)
+
+
+def layout_of(distill: Distill, name: str, vocab: int) -> Layout:
+    """How teacher `name` is cached; at the objective's own temperature. Raises ConfigError."""
+    from llmkd.sparse import Layout
+
+    assert distill.cache
+    degrees = distill.temperature
+    temperature = degrees.get(name, 1.0) if isinstance(degrees, dict) else degrees
+    return Layout(distill.cache.how, distill.cache.k, vocab, distill.cache.bits, temperature)
+
+
+def load_teacher(config: Config, which: Llm, precision: str) -> nn.Module:
+    """A teacher as stage 01 left it, frozen, on its device."""
+    import torch
+
+    held = precision if which.load_in == "auto" else which.load_in
+    network, _ = load_base(config, which, base(config, which)[0], (), held)
+    if torch.cuda.is_available() and held not in ("nf4", "int8"):
+        network.to("cuda")
+    network.requires_grad_(False).train(False)
+    return network  # type: ignore[no-any-return]
+
+
+def capture(config: Config, names: Sequence[str]) -> None:
+    """Stage 02: each teacher's distributions over the training rows, cached once."""
+    for which in config.teachers:
+        if which.name not in names:
+            continue
+        assert isinstance(which, Llm)
+        if which in units.beside(config, config.student):
+            say(f"{which.name}: runs beside its student, nothing to cache")
+            continue
+        recipe = units.teacher(config, which, 0)
+        if recipe.stands:
+            say(f"{recipe.directory}: done")
+        else:
+            write_cache(config, which, recipe)
+
+
+def write_cache(config: Config, which: Llm, recipe: units.Recipe) -> None:
+    ranks.start(which.deepspeed)
+    from llmkd.capture import cache_teacher
+    from llmkd.models.pooling import resolve_precision
+    from llmkd.shards import MANIFEST, cache_key
+    from llmkd.train import forget_sharding
+
+    forget_sharding()  # every rank holds the teacher whole
+    tokenizer = tokenizer_of(config)
+    layout = layout_of(config.distill_of(config.student), which.name, vocabulary(config, tokenizer))
+    precision = resolve_precision(config.precision)
+    table, settings = prepared(config)[0], text_settings(config, config.student)
+    rows, counts = examples(table, tokenizer, "train", **settings)
+    with recipe.writing(config.seed) as unit:
+        beside = unit.checkpoints / CACHE  # finished shards outlive an interruption there
+        cache_teacher(
+            load_teacher(config, which, precision),
+            rows,
+            beside,
+            layout,
+            cache_key(layout, which.name, tokenizer),
+            batch_tokens=which.batch_tokens,
+            precision=precision,
+            seed=config.seed,
+        )
+        if ranks.is_main():
+            beside.rename(unit.path / CACHE)
+            written = json.loads((unit.path / CACHE / MANIFEST).read_text(encoding="utf-8"))
+            unit.metrics.update({name: written[name] for name in ("tokens", "bytes", "bytes_per_token")})
+        unit.rows.update(counts)
+    say(f"{recipe.directory}: {counts}, {layout.token_bytes} bytes a token")
+
+
+def open_caches(
+    config: Config, distill: Distill, names: Sequence[str], tokenizer: PreTrainedTokenizerBase, rows: Examples
+) -> dict[str, Cache]:
+    """The teachers' finished caches, each held against these rows and their tokens. Raises CacheError."""
+    from llmkd.shards import cache_key, open_cache, row_digests
+
+    vocab, digests = vocabulary(config, tokenizer), row_digests(rows, np.arange(len(rows.ids)))
+    found = {}
+    for name in names:
+        key = cache_key(layout_of(distill, name, vocab), name, tokenizer)
+        directory = units.source(config, name, 0).directory / CACHE
+        found[name] = open_cache(directory, rows.ids, key, digests)
+    return found
+
+
+def fits(
+    config: Config,
+    which: Student,
+    kind: str,
+    model: nn.Module,
+    rows: Examples,
+    directory: Path,
+    precision: str,
+) -> tuple[list[crossfit.Fit], dict[str, Any]]:
+    """A student's one training: beside its teachers or by their caches; a baseline's by hard tokens."""
+    from llmkd.assemble import objective_of
+    from llmkd.methods.sequence import Sequence as SequenceMethod
+    from llmkd.objective import HARD
+    from llmkd.shards import with_cache
+    from llmkd.train import arguments, split
+
+    distill, tokenizer = config.distill_of(which), tokenizer_of(config)
+    names = config.teachers_of(which) if kind == "student" else []
+    settings = distill if kind == "student" else units.baseline_phases(distill)[0]
+    trainer, batching = split(settings.training())
+    training = arguments(directory, seed=config.seed, **trainer)
+    weights = [distill.teacher_weights.get(name, 1.0) for name in names]
+    objective = objective_of(distill, names, weights) if names else HARD
+    online = [one for one in units.beside(config, which) if names]
+    if names and not online:
+        for name, cache in open_caches(config, distill, names, tokenizer, rows).items():
+            rows = with_cache(rows, name, cache)
+    method = SequenceMethod(
+        model,
+        objective,
+        {one.name: load_teacher(config, one, precision) for one in online},
+        vocab=vocabulary(config, tokenizer),
+        precision=precision,
+        on_policy=distill.on_policy if online else 0,
+        pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
+        eos_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
+        seed=config.seed,
+    )
+    everything = np.arange(len(rows.ids))
+    return [crossfit.Fit(method, objective, rows, everything, training, batching)], {}
+
+
+def calibration(config: Config, merged: Path) -> list[list[int]]:
+    """Token ids of training rows, drawn by the run's seed."""
+    from llmkd.models.load import load_tokenizer
+
+    assert config.quantize
+    settings = text_settings(config, config.student)
+    rows, _ = examples(prepared(config)[0], load_tokenizer(str(merged)), "train", **settings)
+    count = min(config.quantize.calibration_rows, len(rows.ids))
+    drawn = np.sort(np.random.default_rng(config.seed).choice(len(rows.ids), count, replace=False))
+    return [rows.inputs(np.array([row]))["input_ids"][0].tolist() for row in drawn]

@@ -1,0 +1,1 @@
+"""What gives logits besides the models of `llmkd.models`, one file a kind: each puts logits beside ids."""
