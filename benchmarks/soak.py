@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,23 @@ def wait(process: int, seconds: float | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def disturbed(args: argparse.Namespace, run: Path, moments: random.Random, left: int) -> list[float]:
-    """One run to its end, killed at most `left` times. Returns the seconds each attempt lasted."""
-    spent = []
+def disturbed(
+    args: argparse.Namespace, run: Path, moments: random.Random, left: int
+) -> tuple[list[float], Counter[str]]:
+    """One run to its end, killed at most `left` times. Returns the seconds each attempt lasted, and the
+    stages that the kills met."""
+    spent, met = list[float](), Counter[str]()
     while True:
         began = time.monotonic()
         process = start(args.config, run, args.overrides, args.directory / "log.txt")
         code = wait(process, moments.uniform(0, args.longest) if len(spent) < left else None)
         spent.append(time.monotonic() - began)
         if code == 0:
-            return spent
+            return spent, met
         if code != -signal.SIGKILL:
             sys.exit(f"a restart ended with code {code}; see {args.directory / 'log.txt'}")
+        begun = [stage for stage in STAGES if any(run.glob(f"{stage}*"))]
+        met[begun[-1] if begun else STAGES[0]] += 1
 
 
 def differences(one: Path, two: Path) -> list[str]:
@@ -129,18 +135,20 @@ def main() -> None:
     os.chdir(ROOT)
     moments = random.Random(args.seed)
     reference = args.directory / "undisturbed"
-    whole = disturbed(args, reference, moments, 0)[0]
+    (whole,), _ = disturbed(args, reference, moments, 0)
     print(f"undisturbed: {whole:.0f} s", flush=True)
-    kills, lost, found = 0, 0.0, 0
+    kills, lost, found, stages = 0, 0.0, 0, Counter[str]()
     while kills < args.kills:
         run = args.directory / "killed"
         shutil.rmtree(run, ignore_errors=True)
-        spent = disturbed(args, run, moments, args.kills - kills)
+        spent, met = disturbed(args, run, moments, args.kills - kills)
+        stages += met
         kills, lost = kills + len(spent) - 1, lost + sum(spent) - whole
         apart = differences(reference, run)
         found += len(apart)
         print(*apart, f"{kills} kills, {len(apart)} differences", sep="\n", flush=True)
     print(f"{kills} kills, {lost / kills:.1f} s lost per kill (starting again included), {found} differences")
+    print(*(f"{count} in {stage}" for stage, count in sorted(stages.items())), sep=", ")
     sys.exit(bool(found))
 
 

@@ -212,7 +212,7 @@ def fits(
     training = arguments(directory, seed=config.seed, **trainer)
     weights = [distill.teacher_weights.get(name, 1.0) for name in names]
     objective = objective_of(distill, names, weights) if names else HARD
-    online = [one for one in units.beside(config, which) if names]
+    online = [one for one in units.beside(config, which) if one.name in names]
     if names and not online:
         for name, cache in open_caches(config, distill, names, tokenizer, rows).items():
             rows = with_cache(rows, name, cache)

@@ -103,8 +103,7 @@ def beside(config: Config, which: Student) -> list[Llm]:
     """The language models that run beside a student, which have no units: nothing of theirs is cached."""
     if config.task.kind != "causal_lm" or config.distill_of(which).cache:
         return []
-    names = config.teachers_of(which)
-    return [one for one in config.teachers if isinstance(one, Llm) and one.name in names]
+    return [one for one in config.teachers if isinstance(one, Llm)]
 
 
 def said_in(config: Config, which: External) -> list[tuple[str, str]]:

@@ -325,6 +325,7 @@ def test_a_changed_byte_in_a_shard_is_named(root: Path, capsys: pytest.CaptureFi
         ("task.template='{text}'", "task.template"),
         ("task.columns={text: t, messages: m}", "task.columns"),
         ("teachers=[{kind: lightgbm, name: trees}]", "trees is no language model"),
+        ("teachers.big.epochs=2", "teachers.big.epochs"),
         ("pretrain=[{data: x.parquet}]", "pretrain.0.objective = 'supervised'"),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import llmkd
-from llmkd import one_call, run
+from llmkd import given, one_call, run
 from llmkd.errors import ConfigError, DataError, LlmkdError, ModelError, RunError
 from llmkd.evaluate import softmax
 from llmkd.methods.cached import Cached
@@ -69,7 +69,9 @@ def save(model: Any, tokenizer: Any, directory: Path) -> str:
 def paths(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A teacher that knows the labels, one that does not, and a student with a random head."""
     directory = tmp_path_factory.mktemp("models")
-    rows, _, _ = one_call._rows({"train": TRAIN}, "classification", {"text": "text"}, "label", LABELS, 0.0, 0)
+    rows, _, _ = given.labelled_rows(
+        {"train": TRAIN}, "classification", {"text": "text"}, "label", LABELS, 0.0, 0
+    )
     examples = one_call.crossfit.text_examples(
         rows, tokenizer, "classification", template=None, max_tokens=32
     )
@@ -189,7 +191,7 @@ def test_every_kind_of_data_set_gives_the_same_rows(tmp_path: Path) -> None:
         datasets.Dataset.from_dict(TRAIN.to_pydict(), features=features),
     ]
     made = [
-        one_call._rows({"train": data}, "classification", {"text": "text"}, "label", LABELS, 0.25, 3)
+        given.labelled_rows({"train": data}, "classification", {"text": "text"}, "label", LABELS, 0.25, 3)
         for data in kinds
     ]
     for rows, parts, _ in made:
@@ -202,7 +204,7 @@ def test_every_kind_of_data_set_gives_the_same_rows(tmp_path: Path) -> None:
 
 def test_equal_texts_stay_on_one_side_and_rows_of_eval_are_left_out() -> None:
     doubled = pa.concat_tables([TRAIN, TRAIN, TEST.slice(0, 5)])
-    rows, parts, left_out = one_call._rows(
+    rows, parts, left_out = given.labelled_rows(
         {"train": doubled, "test": TEST}, "classification", {"text": "text"}, "label", LABELS, 0.2, 0
     )
     assert left_out == 5
@@ -345,16 +347,16 @@ def test_models_that_do_not_fit_are_refused(paths: dict[str, str], tokenizer: An
 
 
 def test_unnamed_labels_are_taken_by_their_place(tokenizer: Any) -> None:
-    def given(names: list[str]) -> Any:
+    def named_by(names: list[str]) -> Any:
         model = new(tokenizer)
         model.config.id2label = dict(enumerate(names))
-        return one_call._given("teacher", (model, tokenizer), None, 32)
+        return given.given("teacher", (model, tokenizer), None, 32)
 
-    plain, named = given(["LABEL_0", "LABEL_1", "LABEL_2"]), given(["Colour", "Animal", "Thing"])
-    assert one_call.label_names([plain, named], plain, None, LABELS) == ["Colour", "Animal", "Thing"]
-    assert one_call.label_names([plain], plain, None, LABELS) == LABELS
-    assert one_call.label_names([plain], given(["0", "1", "2"]), None, []) == plain.labels
-    assert one_call.label_names([plain], plain, LABELS, ["x", "y", "z"]) == LABELS
+    plain, named = named_by(["LABEL_0", "LABEL_1", "LABEL_2"]), named_by(["Colour", "Animal", "Thing"])
+    assert given.label_names([plain, named], plain, None, LABELS) == ["Colour", "Animal", "Thing"]
+    assert given.label_names([plain], plain, None, LABELS) == LABELS
+    assert given.label_names([plain], named_by(["0", "1", "2"]), None, []) == plain.labels
+    assert given.label_names([plain], plain, LABELS, ["x", "y", "z"]) == LABELS
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -68,8 +68,8 @@ def test_a_layer_that_is_not_there_is_named_before_any_training(
 
 def test_peers_learn_together_and_each_is_judged(copy: Path) -> None:
     peer = (
-        "{name: bert, init: {architecture: llama, config: {%s, num_key_value_heads: 2, "
-        "max_position_embeddings: 128}, tokenizer: {vocab_size: 330}}, lora: null}" % TINY
+        f"{{name: bert, init: {{architecture: llama, config: {{{TINY}, num_key_value_heads: 2, "
+        "max_position_embeddings: 128}, tokenizer: {vocab_size: 330}}, lora: null}"
     )
     way = [
         "distill.method=mutual",

@@ -34,7 +34,7 @@ def load_tokenizer(source: str, pad_token: str | None = None) -> PreTrainedToken
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _from_hub(AutoTokenizer, source)
+    tokenizer = from_hub(AutoTokenizer, source)
     if pad_token is not None:
         if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
             raise ModelError(
@@ -65,12 +65,12 @@ def load_classifier(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
-    config = _from_hub(AutoConfig, source)
+    config = from_hub(AutoConfig, source)
     _check_pad(config, source, pad_id)
     set_seed(seed)
     names = dict(enumerate(labels))
     with _sharded_as(load_in):
-        model, loading = _from_hub(
+        model, loading = from_hub(
             AutoModelForSequenceClassification,
             source,
             output_loading_info=True,
@@ -127,10 +127,10 @@ def load_causal_lm(source: str, *, load_in: str, attention: str | None = None) -
     """A decoder with its language-modelling head."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _refuse_encoder(_from_hub(AutoConfig, source), source)
+    _refuse_encoder(from_hub(AutoConfig, source), source)
     more = {"attn_implementation": attention} if attention else {}
     with _sharded_as(load_in):
-        return _from_hub(AutoModelForCausalLM, source, **_weights(load_in), **more)
+        return from_hub(AutoModelForCausalLM, source, **_weights(load_in), **more)
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def _weights(load_in: str, whole: Sequence[str] = ()) -> dict[str, Any]:
     return {"quantization_config": quantization, "dtype": torch.bfloat16}
 
 
-def _from_hub(auto: Any, source: str, **arguments: Any) -> Any:
+def from_hub(auto: Any, source: str, **arguments: Any) -> Any:
     """`auto.from_pretrained` with a one-line error; only safetensors are read, no remote code is run."""
     register_nets()
     kind = auto.__name__
@@ -228,12 +228,12 @@ def keep_layers(source: str, layers: Sequence[int], directory: Path) -> None:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    config = _from_hub(AutoConfig, source)
+    config = from_hub(AutoConfig, source)
     count = getattr(config.get_text_config(), "num_hidden_layers", 0)
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong or not layers:
         raise ModelError(f"{source}: keep_layers {[*layers]}: name layers of its {count}, 0 to {count - 1}")
-    model, loading = _from_hub(_auto_class(config), source, dtype="auto", output_loading_info=True)
+    model, loading = from_hub(_auto_class(config), source, dtype="auto", output_loading_info=True)
     stack = block_stack(model)
     if stack is None:
         raise ModelError(
@@ -247,7 +247,7 @@ def keep_layers(source: str, layers: Sequence[int], directory: Path) -> None:
     missing = set(loading["missing_keys"])  # random here; left out, they are drawn where they are loaded
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
     model.save_pretrained(directory, state_dict=state)
-    _from_hub(AutoTokenizer, source).save_pretrained(directory)
+    from_hub(AutoTokenizer, source).save_pretrained(directory)
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:

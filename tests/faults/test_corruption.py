@@ -10,7 +10,7 @@ import pytest
 import tiny
 from conftest import STAGES
 
-from llmkd import run
+from llmkd import run, verify
 from llmkd.verify import units, verify_run
 
 # file -> (the first stage that reads it, a valid file of the same kind that was made from something else)
@@ -171,3 +171,24 @@ def test_a_logits_cache_that_says_something_else_than_its_manifest(copy: Path) -
     file = copy / "02_teachers" / "qwen" / "fold0" / "logits.parquet"
     pq.write_table(pq.read_table(file), file, compression="none")
     assert tiny.stage("03_distill", f"run={copy}") == 2
+
+
+def test_the_command_tells_of_each_problem_on_a_line(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["verify", str(copy)])
+    verify.main()
+    assert capsys.readouterr().out == f"{copy}: 15 units, all whole\n"
+    lose(copy / "04_merge" / "model" / "config.json", copy)
+    flip(copy / "00_prepare" / "rows.parquet", copy)
+    with pytest.raises(SystemExit, match=r"\A1\Z"):
+        verify.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["error", str(copy / "00_prepare" / "rows.parquet")],
+        ["error", str(copy / "04_merge" / "model" / "config.json")],
+    ]
+    monkeypatch.setattr("sys.argv", ["verify", str(copy / "nowhere")])
+    with pytest.raises(SystemExit, match=r"\A1\Z"):
+        verify.main()
+    assert "no finished unit here; name a run directory" in capsys.readouterr().err
