@@ -12,7 +12,7 @@ PARTS = $(shell $(BIN)/python -m llmkd.stage $(1) $(CONFIG) $(ARGS))
 .SECONDEXPANSION:
 SPLIT = $(if $(filter -j%,$(MAKEFLAGS)),$(addprefix $(1)/,$(call PARTS,$(2))))
 
-.PHONY: help demo install prepare pretrain teachers distill merge quantize evaluate run test test-all check lint types clean
+.PHONY: help demo install prepare pretrain teachers distill merge quantize evaluate run test test-all soak check lint types clean
 help:
 	@echo "make demo                     all seven stages on the embedded data"
 	@echo "make prepare ... evaluate     one stage after the other (CONFIG=configs/x.yaml ARGS='seed=2')"
@@ -58,6 +58,9 @@ test: install
 	$(BIN)/python -m pytest -q -n 2
 test-all: install
 	$(BIN)/python -m pytest -q -m "slow or not slow"
+# kill -9 at random moments, start again, compare with the run that nothing disturbed
+soak: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py --kills 100 $(ARGS)
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

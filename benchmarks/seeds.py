@@ -19,7 +19,7 @@ from llmkd.config import load
 STAGES = ("00_prepare", "01_pretrain", "02_teachers", "03_distill", "04_merge", "05_quantize", "06_evaluate")
 STAGE_DIRECTORY = Path(__file__).parent.parent / "stages"
 MODELS = ("baseline", "student", "merged", "quantized", "quantized_tta")
-SCORES = ("log_loss", "accuracy", "auc", "amex")
+SCORES = ("log_loss", "accuracy", "auc", "amex", "rows_per_second")
 
 
 def one_run(config: str, run: str, overrides: list[str]) -> tuple[dict[str, Any], float]:
@@ -46,9 +46,10 @@ def named(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def table(runs: list[dict[str, dict[str, float]]]) -> str:
     """Markdown: a model a row; of each score its mean, standard error and values."""
-    lines = ["| on the test rows | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 1) + "|"]
+    found = [score for score in SCORES if any(score in model for model in runs[0].values())]
+    lines = ["| on the test rows | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     for name in runs[0]:
-        cells = [cell([run[name][score] for run in runs if score in run[name]]) for score in SCORES]
+        cells = [cell([run[name][score] for run in runs if score in run[name]]) for score in found]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -57,6 +58,8 @@ def cell(values: list[float]) -> str:
     if not values:
         return ""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    if min(values) > 10:  # rows a second
+        return f"{statistics.mean(values):.0f} ± {error:.0f}"
     each = " ".join(f"{value:.4f}" for value in values)
     return f"{statistics.mean(values):.4f} ± {error:.4f} ({each})"
 

@@ -99,7 +99,7 @@ def _language(config: Config) -> Iterator[str]:
             yield f"teachers: {teacher.name} is no language model; a causal_lm task takes kind: llm"
         for name in ("lora", "epochs", "learning_rate"):
             if name in teacher.model_fields_set and getattr(teacher, name) is not None:
-                yield f"teachers.{teacher.name}.{name}: stage 02 only asks a language model; train it by pretrain:"
+                yield f"teachers.{teacher.name}.{name}: stage 02 only asks it; train it by pretrain:"
     for i, phase in enumerate(config.pretrain):
         if phase.objective != "causal_lm":
             yield f"pretrain.{i}.objective = {phase.objective!r}: needs labels; set objective: causal_lm"

@@ -29,7 +29,7 @@ from llmkd.models.lora import load_trainable, trainable_state
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from llmkd.train import KeepBest, StepTrainer
+    from llmkd.steps import KeepBest, StepTrainer
 
 Found = tuple[dict[str, "Tensor"], dict[str, Any]]
 

@@ -136,7 +136,7 @@ def test_a_whole_training_is_not_done_again(tmp_path: Path, monkeypatch: pytest.
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("llmkd.train.StepTrainer.train", refuse)
+    monkeypatch.setattr("llmkd.steps.StepTrainer.train", refuse)
     found, history = train("cached", tmp_path, tmp_path / "checkpoint")
     same(found, whole)
     assert history == expected
