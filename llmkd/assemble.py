@@ -120,11 +120,12 @@ def fitted(
     if examples.teacher_logits is not None:
         scaled = examples.teacher_logits / np.asarray(found.temperatures)[None, :, None]
         examples = replace(examples, teacher_logits=scaled.astype(np.float32))
+    shares = found.weights * len(names)  # as much in all as weights of 1
     facts = {
         "teacher_weights": dict(zip(names, map(float, found.weights), strict=True)),
         "teacher_temperatures": dict(zip(names, map(float, found.temperatures), strict=True)),
     }
-    return examples, [float(weight) for weight in found.weights], facts
+    return examples, [float(share) for share in shares], facts
 
 
 def method_of(
@@ -190,7 +191,8 @@ def mutual(
     for peer in config.peers:
         network, reader = load_model(config, peer, base(config, peer)[0], labels, precision)
         peers[peer.name] = network
-        beside[peer.name] = examples_of(config, peer, table, reader).inputs
+        if not peer.is_net:  # a net reads the very images that the student reads, shifted alike
+            beside[peer.name] = examples_of(config, peer, table, reader).inputs
     method = Mutual(peers, objective, distill.peer_temperature, precision)
     return method, replace(examples, beside=beside)
 

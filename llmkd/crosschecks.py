@@ -36,6 +36,7 @@ def crosschecks(config: Config) -> Iterator[str]:
         where = f"{where}.distill" if student.distill else "distill"
         yield from _views(config, distill, where)
         yield from _distill(config, student, distill, where)
+        yield from _heads(config, student, distill, where)
         if config.task.kind == "causal_lm":
             yield from _sequence(distill, where)
 
@@ -44,9 +45,11 @@ def _names(config: Config) -> Iterator[str]:
     names = [item.name for item in (*config.teachers, *config.students, *config.peers)]
     if len(set(names)) < len(names):
         yield f"teachers, student: names {names} must differ"
-    if config.peers and config.distill.method != "mutual":
+    methods = {str({**config.distill.model_dump(), **one.distill}["method"]) for one in config.students}
+    if config.peers and "mutual" not in methods:
         yield f"peers: only distill.method: mutual trains them, not {config.distill.method}"
-    if config.quantize and config.student.is_net:
+    own = config.student.init is not None and config.student.init.architecture.startswith("llmkd-")
+    if config.quantize and own:
         yield "quantize: GPTQ packs transformers, not the package's own nets; set quantize: null"
 
 
@@ -124,6 +127,16 @@ def _sequence(distill: Distill, where: str) -> Iterator[str]:
         yield f"{where}.on_policy = {distill.on_policy}: its own words teach it nothing; give kl a weight"
 
 
+def _heads(config: Config, student: Student, distill: Distill, where: str) -> Iterator[str]:
+    """Only a student of cached teachers teaches a second head; elsewhere it would stay as it was drawn."""
+    taught = distill.method == "cached" and config.teachers_of(student)
+    two = {model.name for model in config.models if model.init and model.init.config.get("heads", 1) != 1}
+    for name in sorted(two - ({student.name} if taught else set()) - {one.name for one in config.students}):
+        yield f"{name}.init.config.heads: a second head is for a student of cached teachers; set heads: 1"
+    if student.name in two and not taught:
+        yield f"{where}.method = {distill.method!r}: only cached teachers teach a second head; set heads: 1"
+
+
 def _chain(config: Config, student: Student, where: str, place: int) -> Iterator[str]:
     """A student learns from teachers and from students before it, so that no chain runs in a circle."""
     earlier = [
@@ -165,7 +178,7 @@ def _distill(config: Config, student: Student, distill: Distill, where: str) -> 
     elif not distill.terms.get("ce") and not any(weights):
         yield f"{where}.teacher_weights: all 0, and no ce term: nothing would be learnt"
     for i, phase in enumerate(distill.in_phases() if distill.phases else ()):
-        soft = any(weight for name, weight in phase.terms.items() if name != "ce")
+        soft = any(weight for name, weight in phase.terms.items() if name != "ce") and any(weights)
         if not phase.terms.get("ce") and (not soft or not teachers):
             yield f"{where}.phases.{i}.terms = {phase.terms}: refers to no teacher and no label; add a term"
         if not soft and "train" not in phase.rows:
@@ -173,6 +186,12 @@ def _distill(config: Config, student: Student, distill: Distill, where: str) -> 
         for part in set(phase.rows) & {"transfer", "test"}:
             if getattr(config.task, part) is None and "rows" in distill.phases[i].model_fields_set:
                 yield f"{where}.phases.{i}.rows: {part!r}, but there is no task.{part}; name a source"
+    if distill.weighting == "fitted" and distill.teacher_weights:
+        yield f"{where}.teacher_weights: are what weighting: fitted finds; leave them out"
+    if distill.weighting == "fitted" and distill.method in ("online", "feature"):
+        yield f"{where}.weighting = 'fitted': fits cached logits, not teachers that run; set method: cached"
+    if distill.method in ("self_distillation", "feature") and student.is_net:
+        yield f"{where}.method = {distill.method!r}: needs the layers of a transformer, not one of the nets"
     if distill.method == "mutual" and not config.peers:
         yield f"{where}.method = 'mutual': needs peers: to learn with; add at least one"
     if (distill.method == "feature") != bool(distill.features):

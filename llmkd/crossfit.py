@@ -128,7 +128,7 @@ def fit_fold(
     _leave(model, examples, rows, directory, name, labels, budget, precision, checkpoints)
     for peer, network in list(getattr(method, "peers", {}).items())[1:]:
         (directory / "peers" / peer).mkdir(parents=True, exist_ok=True)
-        own = replace(examples, inputs=examples.beside[peer])
+        own = replace(examples, inputs=examples.beside.get(peer, examples.inputs))
         _leave(network, own, rows, directory / "peers" / peer, peer, labels, budget, precision, checkpoints)
     if getattr(method, "exits", None) is not None:
         from llmkd.models.exits import save_exits

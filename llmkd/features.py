@@ -37,7 +37,7 @@ def fit(
 ) -> Spec:
     """The spec of a task's `features` or `image`, from training rows alone; it is plain JSON.
 
-    A number gets a scale (see `_knots`) and, where a training row lacks it, an indicator; the series of
+    A number gets a scale (see `_scale`) and, where a training row lacks it, an indicator; the series of
     `steps` one scale over all their steps; a category its sorted values, the first of which is number 1.
     """
     if image is not None:

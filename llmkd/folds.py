@@ -42,24 +42,10 @@ def check(folds: npt.ArrayLike, groups: npt.ArrayLike) -> None:
         )
 
 
-def train_rows(table: pa.Table, fold: int) -> Ints:
-    """Indices of the rows that `fold` trains on, swapped copies included."""
-    parts = _folds(table, fold)
-    return np.flatnonzero(_is_part(table, "train") & (parts != fold))
-
-
 def dev_rows(table: pa.Table, fold: int) -> Ints:
     """Indices of the rows that `fold` is judged on, in their given order only; empty for a single fold."""
     parts = _folds(table, fold)
     return np.flatnonzero(_is_part(table, "train") & (parts == fold) & ~_bools(table, "swapped"))
-
-
-def test_rows(table: pa.Table, swapped: bool | None) -> Ints:
-    """Indices of the test rows: in their given order (False), swapped copies (True) or both (None)."""
-    chosen = _is_part(table, "test")
-    if swapped is not None:
-        chosen &= _bools(table, "swapped") == swapped
-    return np.flatnonzero(chosen)
 
 
 def _split(

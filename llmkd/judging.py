@@ -106,6 +106,10 @@ def summary(metrics: Mapping[str, Any]) -> str:
     for name, row in rows.items():
         line = f"{name:24}{row['log_loss']:10.4f}{row['accuracy']:10.4f}{row['ece']:8.4f}{row['rows']:8}"
         lines.append(line + "".join(f"{row[key]:10.4f}" for key in further if key in row))
+    if metrics.get("transductive"):
+        lines.append(
+            "transductive: students learnt from teachers' predictions on these very rows, unlabelled"
+        )
     if "bayes_log_loss" in metrics:
         drawn = metrics["bayes_log_loss_drawn"]
         lines.append(

@@ -95,7 +95,7 @@ def _led_to(config: Config) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {
         "before": lambda: _on_device(load_base(config, student, source, (), precision)[0])
     }
-    if config.distill.baseline:
+    if config.distill_of(config.student).baseline:
         found["baseline"] = lambda: trained("baseline")
     return {**found, "student": lambda: trained("student")}
 

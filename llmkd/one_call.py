@@ -222,8 +222,8 @@ def _check_arguments(
 ) -> None:
     if method in WITH_CONFIG:
         raise ConfigError(
-            f"method={method!r} takes more than one call does: write a config with students: "
-            f"[{{method: {method}}}] and run stages/03_distill.py"
+            f"method={method!r} takes more than one call does: write a config with "
+            f"distill: {{method: {method}}} and run stages/03_distill.py"
         )
     for name, value, known in (
         ("method", method, METHODS),

@@ -445,7 +445,11 @@ class Config(Closed):
     def distill_of(self, student: Student) -> Distill:
         """`distill:` with what this student has of its own."""
         own = self.distill.model_dump(exclude_unset=True)
-        return Distill.model_validate({**own, **student.distill})
+        merged = {**own, **student.distill}
+        for key in ("terms", "params", "teacher_weights"):  # what it does not name, it keeps
+            if isinstance(own.get(key), dict) and isinstance(student.distill.get(key), dict):
+                merged[key] = {**own[key], **student.distill[key]}
+        return Distill.model_validate(merged)
 
     def teachers_of(self, student: Student) -> list[str]:
         """Names of teachers, or of earlier students, whose logits this student reads."""

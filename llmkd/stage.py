@@ -136,7 +136,16 @@ def pretrain_settings(config: Config, model: Model) -> dict[str, Any]:
     if config.task.kind == "causal_lm":  # its phases read plain texts
         text = {"max_tokens": text["max_tokens"]}
     settings |= {"precision": config.precision, "text": text}
-    return {**settings, "seed": config.seed}
+    if model.is_net:  # what the spec of its inputs is fitted by
+        settings["features"] = config.task.features and science(config.task.features)
+        settings["image"] = config.task.image and list(config.task.image.shape)
+    return {**settings, "seed": seed_of(config, model)}
+
+
+def seed_of(config: Config, model: Model) -> int:
+    """The run's seed; a further one for each further model that starts alike, or they would be clones."""
+    alike = [one.name for one in config.models if (one.model, one.init) == (model.model, model.init)]
+    return config.seed + alike.index(model.name)
 
 
 def _check_settings(config: Config, directory: Path, settings: dict[str, Any]) -> None:
@@ -163,8 +172,11 @@ def is_made(config: Config, model: Model) -> bool:
 
 def checkpoint(model: Model) -> dict[str, str]:
     """The digest of a checkpoint that lies on this disk; a hub's is known by its name."""
-    local = model.model is not None and Path(model.model).is_dir()
-    return {model.name: run.checkpoint_digest(Path(str(model.model)))} if local else {}
+    named = {"": model.model, " tokenizer": model.init.tokenizer if model.init else None}
+    local = {
+        what: Path(name) for what, name in named.items() if isinstance(name, str) and Path(name).is_dir()
+    }
+    return {f"{model.name}{what}": run.checkpoint_digest(path) for what, path in local.items()}
 
 
 def base(config: Config, model: Model) -> tuple[str, dict[str, str]]:
@@ -174,6 +186,9 @@ def base(config: Config, model: Model) -> tuple[str, dict[str, str]]:
         return model.model, checkpoint(model)
     directory = Path(config.run) / PRETRAIN / model.name
     _check_settings(config, directory, pretrain_settings(config, model))
+    made_from = run.manifest(directory, command(config, PRETRAIN))["inputs"].get(PREPARE)
+    if made_from not in (None, run.digest(rows_directory(config), command(config, PREPARE))):
+        raise RunError(f"{directory}: made from other rows; {command(config, PRETRAIN)}")
     return str(directory / "model"), {
         f"{PRETRAIN}/{model.name}": run.digest(directory, command(config, PRETRAIN))
     }
@@ -259,7 +274,7 @@ def load_base(
         load_in=held_in,
         pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
         attention=model.attention,
-        seed=config.seed,
+        seed=seed_of(config, model),
     )
     check_budget(network.config, source, model.max_tokens or config.task.max_tokens)
     return network, tokenizer

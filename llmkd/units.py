@@ -24,6 +24,7 @@ from llmkd.stage import (
     command,
     model_settings,
     rows_directory,
+    seed_of,
     text_settings,
 )
 
@@ -68,7 +69,8 @@ def finished(config: Config, *recipes: Recipe) -> dict[str, str]:
 
 
 def teacher(config: Config, which: Llm | Lightgbm | External, fold: int) -> Recipe:
-    settings: dict[str, Any] = {"seed": config.seed, "teacher": science(which), "views": config.views}
+    seed = seed_of(config, which) if isinstance(which, Llm) else config.seed
+    settings: dict[str, Any] = {"seed": seed, "teacher": science(which), "views": config.views}
     settings |= {"fold": fold}
     inputs = rows(config)
     if config.task.kind == "causal_lm":

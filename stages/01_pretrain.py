@@ -17,6 +17,7 @@ from llmkd.stage import (
     prepared,
     pretrain_settings,
     say,
+    seed_of,
     text_settings,
 )
 
@@ -86,7 +87,14 @@ def init(config: Config, model: Model, directory: Path) -> None:
         train = table.filter(table["part"].to_numpy() == "train")
         columns, image = (asked.model_dump() if asked else None for asked in (task.features, task.image))
         spec = features.fit(train, columns, image)
-        init_net(model.init.architecture, model.init.config, spec, directory, labels=labels, seed=config.seed)
+        init_net(
+            model.init.architecture,
+            model.init.config,
+            spec,
+            directory,
+            labels=labels,
+            seed=seed_of(config, model),
+        )
     else:
         from llmkd.models.load import init_model, load_tokenizer, train_tokenizer
 
@@ -104,7 +112,7 @@ def init(config: Config, model: Model, directory: Path) -> None:
             directory,
             labels=labels,
             causal=causal,
-            seed=config.seed,
+            seed=seed_of(config, model),
         )
 
 

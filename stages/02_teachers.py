@@ -8,7 +8,7 @@ from typing import Any
 
 from llmkd import ranks, units
 from llmkd.schema import Config, External, Lightgbm, Llm
-from llmkd.stage import TEACHERS, base, chosen, examples_of, load_model, main, prepared, say
+from llmkd.stage import TEACHERS, base, chosen, examples_of, load_model, main, prepared, say, seed_of
 
 
 def teachers(config: Config, arguments: Namespace) -> None:
@@ -18,7 +18,8 @@ def teachers(config: Config, arguments: Namespace) -> None:
         from llmkd import lm
 
         return lm.capture(config, names)
-    for teacher in config.teachers:
+    # networks first: only the first rank grows trees, while the others would wait for it
+    for teacher in sorted(config.teachers, key=lambda teacher: teacher.kind != "llm"):
         if teacher.name not in names:
             continue
         recipes = {int(fold): units.teacher(config, teacher, int(fold)) for fold in folds}
@@ -48,7 +49,7 @@ def fine_tune(config: Config, teacher: Llm, todo: dict[int, units.Recipe]) -> No
     table, labels, _ = prepared(config)
     precision = resolve_precision(config.precision)
     trainer, batching = split(teacher.training())
-    training = arguments(Path(config.run) / TEACHERS / teacher.name, seed=config.seed, **trainer)
+    training = arguments(Path(config.run) / TEACHERS / teacher.name, seed=seed_of(config, teacher), **trainer)
     model, reader = load_model(config, teacher, base(config, teacher)[0], labels, precision)
     examples = examples_of(config, teacher, table, reader)
     method, start = Cached(model, HARD, precision), trainable_state(model)
@@ -123,7 +124,7 @@ def ask(config: Config, teacher: External, todo: dict[int, units.Recipe]) -> Non
     for part, source in units.said_in(config, teacher):
         said = file.read(
             source,
-            id_column=teacher.id if teacher.path else config.task.id,
+            id_column=teacher.id if teacher.path else None if part == "transfer" else config.task.id,
             part=part,
             labels=labels,
             logits=teacher.logits,

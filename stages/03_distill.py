@@ -21,7 +21,8 @@ def distill(config: Config, arguments: Namespace) -> None:
 
 def kinds_of(config: Config, which: Student) -> list[str]:
     """A baseline shows what teachers are worth to the student that is shipped."""
-    return ["student", "baseline"] if config.distill.baseline and which is config.student else ["student"]
+    shown = config.distill_of(which).baseline and which is config.student
+    return ["student", "baseline"] if shown else ["student"]
 
 
 def learn(config: Config, which: Student, kinds: list[str], folds: list[int]) -> None:

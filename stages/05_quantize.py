@@ -43,16 +43,15 @@ def write_model(config: Config, merged: Path, directory: Path) -> dict[str, Any]
         group_size=asked.group_size,
         desc_act=asked.desc_act,
     )
+    distill = config.distill_of(config.student)
     write_card(
         directory,
         title=f"{config.student.name}, distilled, {asked.bits}-bit",
         facts={
-            "teachers": ", ".join(
-                getattr(teacher, "model", None) or teacher.name for teacher in config.teachers
-            ),
+            "teachers": ", ".join(config.teachers_of(config.student)),
             "student": config.student.model or config.student.name,
-            "teachers' logits": "of next tokens" if causal else config.distill.view,
-            "loss terms": ", ".join(f"{weight:g} {name}" for name, weight in config.distill.terms.items()),
+            "teachers' logits": "of next tokens" if causal else distill.view,
+            "loss terms": ", ".join(f"{weight:g} {name}" for name, weight in distill.terms.items() if weight),
             "folds merged": config.folds.count,
             "bits": asked.bits,
             "group size": asked.group_size,

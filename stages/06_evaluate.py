@@ -38,6 +38,9 @@ def judge_run(config: Config, settings: dict[str, Any]) -> None:
         if config.task.kind == "causal_lm":
             return judge_language(config, paths, unit, True)
         metrics = {**cached_scores(config), **artifact_scores(config, paths, unit.path)}
+        sections = [config.distill_of(student).in_phases() for student in config.students]
+        # teachers' predictions on the test rows, never their labels, were among the soft labels
+        metrics["transductive"] = any("test" in phase.rows for phases in sections for phase in phases)
         finish(metrics, unit)
 
 
@@ -80,7 +83,7 @@ def fold_units(config: Config) -> dict[str, list[units.Recipe]]:
     leave = [which for which in config.teachers if which not in units.beside(config, config.student)]
     found = {which.name: [units.teacher(config, which, fold) for fold in folds] for which in leave}
     found |= {which.name: units.students(config, which=which) for which in config.students[:-1]}
-    if config.distill.baseline:
+    if config.distill_of(config.student).baseline:
         found["baseline"] = units.students(config, "baseline")
     return {**found, "student": units.students(config)}
 

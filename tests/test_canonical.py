@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from llmkd import folds, rows, tasks
+from llmkd import crossfit, folds, rows, tasks
 from llmkd.errors import DataError
 
 FEATURES: dict[str, Any] = {
@@ -223,7 +223,8 @@ def test_transfer_rows_have_no_label_and_no_fold() -> None:
     assert report["leaks"]["transfer"] == {"rows": 0, "dropped": 0, "in_train": 0}
     assert set(report["folds"]) == {"0", "1"}
     for fold in (0, 1):
-        chosen = [*folds.train_rows(table, fold), *folds.dev_rows(table, fold), *folds.test_rows(table, None)]
+        views = crossfit.view_rows(table, fold, 2)
+        chosen = [*views["oof"], *views["in_sample"], *views["test"], *folds.dev_rows(table, fold)]
         assert "transfer" not in table["part"].take(chosen).to_pylist()
 
 

@@ -132,6 +132,15 @@ def test_required_keys(missing: str) -> None:
         (["student.distill={epocs: 1}"], "student.distill.epocs: Extra inputs"),
         (["distill.params={jsd: {beta: 0.5}}"], "params: ['jsd'] are no terms of a weight above 0"),
         (["distill.weighting=fitted", "folds.count=1"], "distill.weighting = 'fitted': needs out-of-fold"),
+        (
+            ["distill.weighting=fitted", "distill.teacher_weights={llama: 2}"],
+            "are what weighting: fitted finds",
+        ),
+        (["distill.weighting=fitted", "distill.method=online"], "fits cached logits, not teachers that run"),
+        (
+            ["distill.teacher_weights={llama: 0}", "distill.phases=[{terms: {ce: 0}}]"],
+            "distill.phases.0.terms = {'ce': 0.0, 'kl': 1.0, 'cosine': 1.0}: refers to no teacher",
+        ),
         (["task.features={numeric: [x]}"], "task.features: belongs to kind: tabular"),
         (["task.labels=[x, x]"], "task.labels = ['x', 'x']: names must differ"),
     ],
@@ -159,6 +168,11 @@ def test_a_chain_runs_one_way() -> None:
     found = problems(CHAIN.replace("model: b", "model: b, teachers: [small]") % "big")
     assert len(found) == 1
     assert "students.0.teachers: 'small' is not trained before 'big': a chain in a circle" in found[0]
+
+
+def test_a_student_s_own_terms_go_over_the_section_s() -> None:
+    config = parse(MINIMAL, ["distill.terms={ce: 0.5, cosine: 0}", "student.distill.terms={kl: 2}"])
+    assert config.distill_of(config.student).terms == {"ce": 0.5, "kl": 2, "cosine": 0}
 
 
 def test_phases_keep_what_they_do_not_name() -> None:

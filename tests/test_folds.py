@@ -81,16 +81,11 @@ def table() -> pa.Table:
 
 def test_rows_of_a_fold() -> None:
     rows = table()
-    assert folds.train_rows(rows, 0).tolist() == [2, 3]
     assert folds.dev_rows(rows, 0).tolist() == [0]
-    assert folds.test_rows(rows, None).tolist() == [4, 5]
-    assert folds.test_rows(rows, False).tolist() == [4]
-    assert folds.test_rows(rows, True).tolist() == [5]
     with pytest.raises(DataError, match=r"fold 2 is not among the rows' folds 0 to 1"):
-        folds.train_rows(rows, 2)
+        folds.dev_rows(rows, 2)
 
 
-def test_a_single_fold_trains_on_everything() -> None:
+def test_a_single_fold_is_judged_on_nothing() -> None:
     single = table().set_column(1, "fold", pa.array([-1] * 6, pa.int16()))
-    assert folds.train_rows(single, 0).tolist() == [0, 1, 2, 3]
     assert folds.dev_rows(single, 0).tolist() == []

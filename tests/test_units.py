@@ -10,6 +10,7 @@ from llmkd import run, units
 from llmkd.config import load
 from llmkd.errors import RunError
 from llmkd.schema import Config
+from llmkd.stage import seed_of
 
 
 def config(directory: Path, *overrides: str) -> Config:
@@ -71,6 +72,21 @@ def test_an_input_of_another_config_is_refused_with_its_command(
         make(config(finished, override))
     assert str(finished / stale) in str(error.value)
     assert f"run: python stages/{stale.split('/')[0]}.py" in str(error.value)
+
+
+def test_a_model_made_from_other_rows_is_refused(copy: Path) -> None:
+    """Its tokenizer was trained on them, and its pretraining pairs were held against their test rows."""
+    changed = ["task.test=arena:rows=44,seed=9"]
+    assert tiny.stage("00_prepare", f"run={copy}", *changed) == 0
+    with pytest.raises(RunError, match=r"01_pretrain/llama: made from other rows; run: python stages/01"):
+        teachers(config(copy, *changed), [0])
+
+
+def test_models_that_start_alike_are_no_clones() -> None:
+    twin = "peers=[{name: twin, init: {architecture: llama, config: {hidden_size: 8}}}, "
+    twin += "{name: other, init: {architecture: llama, config: {hidden_size: 8}}}]"
+    found = config(Path("x"), twin, "distill.method=mutual")
+    assert [seed_of(found, model) for model in found.models] == [3, 3, 3, 3, 4]
 
 
 def test_a_baseline_is_made_from_no_teacher(finished: Path) -> None:

@@ -37,4 +37,7 @@ class Cached(nn.Module):
                 heads = student.head_logits(**inputs)  # {"hard", "soft"}: (B, C) each
             else:
                 heads = {"hard": class_logits(student, **inputs)}  # (B, C)
-        return self.objective(heads["hard"], labels, teacher_logits, heads.get("soft"))
+        loss, parts = self.objective(heads["hard"], labels, teacher_logits, heads.get("soft"))
+        if len(heads) > 1:  # a head that no term reads has a gradient too, as ranks wait for it
+            loss = loss + 0 * sum(logits.sum(-1) for logits in heads.values())
+        return loss, parts

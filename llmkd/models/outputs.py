@@ -17,7 +17,9 @@ def outputs(model: Any, directory: Path) -> Iterator[tuple[str, nn.Module]]:
     """
     from llmkd.models.exits import FILE, load_exits, truncate
 
-    for depth, head in load_exits(directory).items() if (directory / FILE).is_file() else ():
+    packed = getattr(model.config, "quantization_config", None)  # on a GPU: its layers cannot be taken out
+    exits = load_exits(directory) if (directory / FILE).is_file() and not packed else {}
+    for depth, head in exits.items():
         yield f"exit {depth}", truncate(model, depth, head)
     if getattr(model.config, "heads", 1) > 1:
         shipped = model.config.take
