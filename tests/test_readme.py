@@ -12,6 +12,13 @@ import tiny
 BLOCKS = re.findall(r"```python\n(.*?)```", (tiny.ROOT / "README.md").read_text(), re.DOTALL)
 
 
+def test_every_file_of_the_package_has_its_line() -> None:
+    readme = (tiny.ROOT / "README.md").read_text()
+    files = [path for folder in ("llmkd", "benchmarks") for path in (tiny.ROOT / folder).rglob("*.py")]
+    missing = [path.name for path in files if path.name != "__init__.py" and f"{path.name}`" not in readme]
+    assert not missing
+
+
 def test_the_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     tokenizer = tiny.tokenizer()
     for seed, name in enumerate(("teacher", "student")):

@@ -242,9 +242,13 @@ def test_a_damaged_cache_is_refused(how: str, copy: Path, capsys: pytest.Capture
 
 
 def test_logits_of_other_rows_are_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tiny.stage("00_prepare", f"run={copy}", "task.train=arena:rows=96,seed=77") == 0
+    changed = [f"run={copy}", "task.train=arena:rows=96,seed=77"]
+    assert tiny.stage("00_prepare", *changed) == 0
+    assert tiny.stage("03_distill", *changed) == 2
+    assert "01_pretrain/gemma: made from other rows" in one_error(capsys)
+    assert tiny.stage("01_pretrain", *changed) == 0
     before = tiny.snapshot(copy)
-    assert tiny.stage("03_distill", f"run={copy}", "task.train=arena:rows=96,seed=77") == 2
+    assert tiny.stage("03_distill", *changed) == 2
     assert "made from another config or other inputs" in one_error(capsys)
     assert tiny.snapshot(copy) == before
 

@@ -64,6 +64,13 @@ class Sequence(nn.Module):
         """The student's: DeepSpeed sizes its buckets by it."""
         return self.student.config
 
+    def get_extra_state(self) -> dict[str, int]:
+        """How many batches were drawn from, so that a resumed training draws the next ones."""
+        return {"batches": self.batches}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.batches = int(state["batches"])
+
     def train(self, mode: bool = True) -> Sequence:
         super().train(mode)
         self.teachers.eval()
