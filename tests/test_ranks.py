@@ -168,7 +168,12 @@ def test_pretraining_under_zero_3_leaves_whole_models(finished: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("zero", "at", "again"), [(0, "2", "python"), (3, "2", "torchrun"), (3, "whole", "torchrun")]
+    ("zero", "at", "again"),
+    [
+        pytest.param(0, "2", "python", marks=pytest.mark.slow),
+        (3, "2", "torchrun"),
+        pytest.param(3, "whole", "torchrun", marks=pytest.mark.slow),
+    ],
 )
 def test_a_training_of_two_ranks_goes_on_after_a_kill(
     zero: int, at: str, again: str, finished: Path, tmp_path: Path

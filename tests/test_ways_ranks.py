@@ -25,7 +25,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", ["online", *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way != "online")]
+)
 def test_two_ranks_reach_one_process(way: str, finished: Path, tmp_path: Path) -> None:
     zero, options, models = WAYS[way]
     one = begun(finished, tmp_path / "one", "00_prepare", "01_pretrain", "02_teachers")
