@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llmkd import checkpoint, interrupt, ranks, sharded
 from llmkd.checkpoint import over, under
-from llmkd.errors import Stopped
+from llmkd.errors import ModelError, Stopped
 from llmkd.models.lora import load_trainable, trainable_state
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Saving(TrainerCallback):
         tensors = learnt(self.method) | over("optimizer", optimizer)
         facts = {
             "trainer": asdict(trainer.state),
+            "deepspeed": bool(trainer.is_deepspeed_enabled),
             "groups": groups,
             "schedule": _schedule(trainer).state_dict(),
             "loss": loss,
@@ -121,6 +122,12 @@ class Saving(TrainerCallback):
         tensors, facts = under("optimizer", self.found[0]), self.found[1]
         if "whole" in facts:
             return
+        if facts["deepspeed"] != bool(self.trainer.is_deepspeed_enabled):
+            began = "with" if facts["deepspeed"] else "without"
+            raise ModelError(
+                f"{self.directory}: this training began {began} DeepSpeed, so its optimizer's state is of "
+                f"another kind; go on {began} it, or remove that directory to begin anew"
+            )
         if self.trainer.is_deepspeed_enabled:
             sharded.load_optimizer(self.method, self.trainer.model_wrapped, tensors, facts["groups"])
         else:

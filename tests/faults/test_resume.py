@@ -130,6 +130,19 @@ def test_a_killed_training_ends_bit_equal(
     assert [path.name[:13] for path in (tmp_path / "checkpoint").iterdir()] == ["step000000015"]
 
 
+def test_an_optimizer_of_the_other_kind_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmkd import checkpoint
+
+    kill(3, monkeypatch, train, "cached", tmp_path, tmp_path / "checkpoint")
+    tensors, facts = checkpoint.read(tmp_path / "checkpoint") or ({}, {})
+    assert facts["deepspeed"] is False
+    checkpoint.write(tmp_path / "checkpoint", 4, tensors, {**facts, "deepspeed": True})
+    with pytest.raises(ModelError, match=r"began with DeepSpeed, .* go on with it, or remove that directory"):
+        train("cached", tmp_path, tmp_path / "checkpoint")
+
+
 def test_a_whole_training_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, expected = train("cached", tmp_path, tmp_path / "checkpoint")
 
