@@ -58,9 +58,12 @@ test: install
 	$(BIN)/python -m pytest -q -n 2
 test-all: install
 	$(BIN)/python -m pytest -q -m "slow or not slow"
-# kill -9 at random moments, start again, compare with the run that nothing disturbed
+# kill -9 at random moments, start again, compare with the run that nothing disturbed; a checkpoint each step
+KILLS ?= 100
+SOAK = teachers.llama.epochs=10 teachers.qwen.epochs=10 distill.epochs=20 $(addsuffix .checkpoint_minutes=0,\
+	pretrain.0 pretrain.1 teachers.llama teachers.qwen distill)
 soak: install
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py --kills 100 $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py --kills $(KILLS) --longest 8 $(SOAK) $(ARGS)
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
