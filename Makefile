@@ -12,12 +12,13 @@ PARTS = $(shell $(BIN)/python -m llmkd.stage $(1) $(CONFIG) $(ARGS))
 .SECONDEXPANSION:
 SPLIT = $(if $(filter -j%,$(MAKEFLAGS)),$(addprefix $(1)/,$(call PARTS,$(2))))
 
-.PHONY: help demo install prepare pretrain teachers distill merge quantize evaluate run test test-all soak check lint types clean
+.PHONY: help demo install prepare pretrain teachers distill merge quantize evaluate run test test-all docs-check soak bench check lint types clean
 help:
 	@echo "make demo                     all seven stages on the embedded data"
 	@echo "make prepare ... evaluate     one stage after the other (CONFIG=configs/x.yaml ARGS='seed=2')"
 	@echo "make -j4 teachers distill     teachers and folds side by side"
 	@echo "make test | check             the tests | ruff, types and tests"
+	@echo "make docs-check | bench       the documented commands | measured side by side with others"
 
 # Its models are so small that a core each, side by side, is faster than all cores for one.
 demo: install
@@ -58,6 +59,12 @@ test: install
 	$(BIN)/python -m pytest -q -n 2
 test-all: install
 	$(BIN)/python -m pytest -q -m "slow or not slow"
+# The commands of README.md and docs/, run or held against what they name
+docs-check: install
+	$(BIN)/python -m pytest -q -m "slow or not slow" -o faulthandler_timeout=900 tests/test_docs.py
+# Side by side with what people would use instead; a table in the end
+bench: install
+	$(BIN)/python benchmarks $(ARGS)
 # kill -9 at random moments, start again, compare with the run that nothing disturbed; a checkpoint each step
 KILLS ?= 100
 SOAK = teachers.llama.epochs=10 teachers.qwen.epochs=10 distill.epochs=20 $(addsuffix .checkpoint_minutes=0,\

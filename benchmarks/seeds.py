@@ -18,8 +18,9 @@ from llmkd.config import load
 
 STAGES = ("00_prepare", "01_pretrain", "02_teachers", "03_distill", "04_merge", "05_quantize", "06_evaluate")
 STAGE_DIRECTORY = Path(__file__).parent.parent / "stages"
-MODELS = ("baseline", "student", "merged", "quantized", "quantized_tta")
-SCORES = ("log_loss", "accuracy", "auc", "amex", "rows_per_second")
+MODELS = ("before", "baseline", "student", "merged", "quantized", "quantized_tta")
+SCORES = ("log_loss", "accuracy", "auc", "amex", "perplexity", "kl", "agreement", "rows_per_second")
+DIGITS = {"perplexity": 2, "rows_per_second": 0}  # 4 of any other
 
 
 def one_run(config: str, run: str, overrides: list[str]) -> tuple[dict[str, Any], float]:
@@ -37,8 +38,8 @@ def one_run(config: str, run: str, overrides: list[str]) -> tuple[dict[str, Any]
 
 
 def named(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Test scores by model, in the order of a table."""
-    rows = {f"teacher {name}": found["test"] for name, found in metrics["teachers"].items()}
+    """Test scores by model, in the order of a table; a language model's are as `evaluate_lm` names them."""
+    rows = {f"teacher {name}": found.get("test", found) for name, found in metrics["teachers"].items()}
     rows |= {f"peer {name}": found["test"] for name, found in metrics.get("peers", {}).items()}
     rows |= {name: metrics[name] for name in MODELS if name in metrics}
     return rows | {f"output {name}": found for name, found in metrics.get("outputs", {}).items()}
@@ -46,22 +47,23 @@ def named(metrics: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def table(runs: list[dict[str, dict[str, float]]]) -> str:
     """Markdown: a model a row; of each score its mean, standard error and values."""
-    found = [score for score in SCORES if any(score in model for model in runs[0].values())]
+    scores = {score: None for model in runs[0].values() for score in model}  # in order, each once
+    found = [score for which in SCORES for score in scores if score.split("/")[0] == which]
     lines = ["| on the test rows | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
     for name in runs[0]:
-        cells = [cell([run[name][score] for run in runs if score in run[name]]) for score in found]
+        values = [[run[name][score] for run in runs if score in run[name]] for score in found]
+        cells = [cell(*pair) for pair in zip(values, found, strict=True)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def cell(values: list[float]) -> str:
+def cell(values: list[float], score: str) -> str:
     if not values:
         return ""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    if min(values) > 10:  # rows a second
-        return f"{statistics.mean(values):.0f} ± {error:.0f}"
-    each = " ".join(f"{value:.4f}" for value in values)
-    return f"{statistics.mean(values):.4f} ± {error:.4f} ({each})"
+    digits = DIGITS.get(score, 4)
+    middle = f"{statistics.mean(values):.{digits}f} ± {error:.{digits}f}"
+    return f"{middle} ({' '.join(f'{value:.{digits}f}' for value in values)})" if digits else middle
 
 
 def main() -> None:

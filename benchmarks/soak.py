@@ -1,9 +1,11 @@
 """make soak: all stages, killed with -9 at random moments and started again by the same command.
 
     python benchmarks/soak.py --kills 100 --config tests/tiny.yaml teachers.llama.epochs=4
+    python benchmarks/soak.py --kills 10 --ranks 2 --longest 40 teachers.llama.epochs=4
 
-Each time a run is whole it is compared with one that nothing disturbed, and the next one begins. Exit code
-1 where anything differs. The moments are drawn from --seed.
+Each time a run is whole it is compared with one that nothing disturbed, and the next one begins: bit by bit,
+or to 1e-6 with several ranks, which a kill meets all at once. Exit code 1 where anything differs. The moments
+are drawn from --seed.
 """
 
 import argparse
@@ -13,9 +15,12 @@ import random
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import time
+import traceback
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,37 +39,71 @@ STAGES = ("00_prepare", "01_pretrain", "02_teachers", "03_distill", "04_merge", 
 CLOCK = ("second", "latency", "time")  # figures that are of the machine, and differ from run to run
 
 
-def start(config: str, run: Path, overrides: list[str], log: Path) -> int:
-    """A process of its own for all stages, forked from this one, which has imported the libraries: so that
-    kills meet the work and not the imports. Returns its id."""
+def start(args: argparse.Namespace, run: Path) -> tuple[int, int]:
+    """A process group of its own for all stages, forked from this process, which has imported the libraries,
+    so that kills meet the work and not the imports. Returns its id, and a pipe that ends with its last one.
+    """
+    ends, held = os.pipe()
     process = os.fork()
     if process:
-        return process
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.close(held)
+        os.setpgid(process, process)  # here and there: whichever comes first
+        return process, ends
+    os.setpgid(0, 0)
+    handle = os.open(args.directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    code = 1
+    for name in STAGES:
+        argv = [f"stages/{name}.py", "--config", args.config, f"run={run}", *args.overrides]
+        if code := stage(argv) if args.ranks == 1 else launched(argv, args.ranks):
+            os._exit(code)
+    os._exit(0)
+
+
+def stage(argv: list[str]) -> int:
+    """One stage in this process. Returns its exit code."""
+    sys.argv = argv
     try:
-        for stage in STAGES:
-            sys.argv = [f"stages/{stage}.py", "--config", config, f"run={run}", *overrides]
-            runpy.run_path(str(ROOT / "stages" / f"{stage}.py"), run_name="__main__")
-        code = 0
+        runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
     except SystemExit as error:
-        code = int(error.code or 0)
-    finally:
+        return int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def launched(argv: list[str], world: int) -> int:
+    """One stage in `world` processes, as torchrun starts them. Returns the first exit code that is not 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank in range(world):
+        if os.fork():
+            continue
+        os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{world}")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+        code = stage(argv)
+        sys.stdout.flush()
         os._exit(code)
+    codes = (os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(world))
+    return next((code for code in codes if code), 0)  # at once: `wait` ends the ranks that are left
 
 
-def wait(process: int, seconds: float | None) -> int:
-    """The exit code; of a process that was killed because it ran longer, -9."""
+def wait(process: int, ends: int, seconds: float | None) -> int:
+    """The exit code of a process group; of one that was killed because it ran longer, -9."""
     until = time.monotonic() + (seconds if seconds is not None else float("inf"))
-    while time.monotonic() < until:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+    done, status = 0, 0
+    while not done and time.monotonic() < until:
         time.sleep(0.005)
-    os.kill(process, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        done, status = os.waitpid(process, os.WNOHANG)
+    with suppress(ProcessLookupError):  # all of it, also the ranks that a failed one left waiting
+        os.killpg(process, signal.SIGKILL)
+    if not done:
+        _, status = os.waitpid(process, 0)
+    os.read(ends, 1)  # nothing is ever written: it ends when the last process has
+    os.close(ends)
+    return os.waitstatus_to_exitcode(status)
 
 
 def disturbed(
@@ -75,8 +114,7 @@ def disturbed(
     spent, met = list[float](), Counter[str]()
     while True:
         began = time.monotonic()
-        process = start(args.config, run, args.overrides, args.directory / "log.txt")
-        code = wait(process, moments.uniform(0, args.longest) if len(spent) < left else None)
+        code = wait(*start(args, run), moments.uniform(0, args.longest) if len(spent) < left else None)
         spent.append(time.monotonic() - began)
         if code == 0:
             return spent, met
@@ -86,13 +124,13 @@ def disturbed(
         met[begun[-1] if begun else STAGES[0]] += 1
 
 
-def differences(one: Path, two: Path) -> list[str]:
+def differences(one: Path, two: Path, within: float) -> list[str]:
     """What a run differs in from another: caches, figures, files that are left over or not whole."""
     found = [*verify_run(two), *leftovers(two)]
-    for path in sorted(one.rglob("logits.parquet")):
-        found += cache_differences(path, two / path.relative_to(one))
+    for path in sorted(one.glob("0[23]_*/**/logits.parquet")):
+        found += cache_differences(path, two / path.relative_to(one), within)
     metrics = [json.loads((run / "06_evaluate" / "metrics.json").read_text()) for run in (one, two)]
-    return found + list(figure_differences(*metrics))
+    return found + list(figure_differences(*metrics, within))
 
 
 def leftovers(run: Path) -> list[str]:
@@ -101,28 +139,32 @@ def leftovers(run: Path) -> list[str]:
     ]
 
 
-def cache_differences(one: Path, two: Path) -> list[str]:
+def cache_differences(one: Path, two: Path, within: float) -> list[str]:
     tables = [pq.read_table(path) for path in (one, two)]
     keys = [list(zip(t["view"].to_pylist(), t["id"].to_pylist(), strict=True)) for t in tables]
     if len(set(keys[1])) != len(keys[1]) or set(keys[0]) != set(keys[1]):
         return [f"{two}: not every id exactly once"]
     logits = [dict(zip(k, t["logits"].to_pylist(), strict=True)) for k, t in zip(keys, tables, strict=True)]
     apart = max(np.abs(np.subtract(logits[0][key], logits[1][key])).max() for key in logits[0])
-    return [f"{two}: logits differ by up to {apart:.3g}"] if apart else []
+    return [f"{two}: logits differ by up to {apart:.3g}"] if apart > within else []
 
 
-def figure_differences(one: Any, two: Any, where: str = "metrics.json") -> Any:
+def figure_differences(one: Any, two: Any, within: float, where: str = "metrics.json") -> Any:
     if isinstance(one, dict) and isinstance(two, dict):
         for key in sorted(one.keys() | two.keys()):
             if not any(word in key for word in CLOCK):
-                yield from figure_differences(one.get(key), two.get(key), f"{where} {key}")
-    elif one != two:
+                yield from figure_differences(one.get(key), two.get(key), within, f"{where} {key}")
+    elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        for place, pair in enumerate(zip(one, two, strict=True)):
+            yield from figure_differences(*pair, within, f"{where} {place}")
+    elif one != two and not (isinstance(one, float) and isinstance(two, float) and abs(one - two) <= within):
         yield f"{where}: {one} and {two}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=1, help="processes a stage, over gloo")
     parser.add_argument("--config", default="tests/tiny.yaml")
     parser.add_argument("--directory", type=Path, default=Path("runs/soak"))
     parser.add_argument("--longest", type=float, default=10, help="seconds until a kill, at most")
@@ -144,7 +186,7 @@ def main() -> None:
         spent, met = disturbed(args, run, moments, args.kills - kills)
         stages += met
         kills, lost = kills + len(spent) - 1, lost + sum(spent) - whole
-        apart = differences(reference, run)
+        apart = differences(reference, run, 0 if args.ranks == 1 else 1e-6)
         found += len(apart)
         print(*apart, f"{kills} kills, {len(apart)} differences", sep="\n", flush=True)
     print(f"{kills} kills, {lost / kills:.1f} s lost per kill (starting again included), {found} differences")

@@ -41,7 +41,7 @@ def fits(
     if config.task.kind == "causal_lm":
         from llmkd import lm
 
-        return lm.fits(config, which, kind, model, examples, directory, precision)
+        return lm.fits(config, which, kind, fold, model, examples, table, directory, precision)
     distill = config.distill_of(which)
     names = config.teachers_of(which) if kind == "student" else []
     settings: Any = model.config

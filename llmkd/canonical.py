@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from llmkd.errors import DataError
 from llmkd.tasks import KINDS, content
+from llmkd.tasks.image import BYTES
 
 SWAPPED = "#swapped"
 OWN_COLUMNS = ("id", "stem", "swapped", "group", "part", "fold", "label", "bayes")
@@ -51,17 +52,18 @@ def canonical(
     named = {field: (columns or {}).get(field, field) for field in (*task.FIELDS, *extra)}
     settings = features if kind == "tabular" else image
     plain = () if task.FIELDS else content(kind, settings)
-    _check_columns(table, _wanted(task.FIELDS, named, plain, kind, label, id_column))
+    _check_columns(table, part, _wanted(task.FIELDS, named, plain, kind, label, id_column))
     problems: list[str] = []
     _check_names(plain, extra, (*task.FIELDS, *task.COMPUTED), problems)
+    _check_flat(table, part, label, id_column)
     texts = {
-        field: _texts(table[named[field]], field, turns if field in task.FIELDS else "text", problems)
+        field: plain_texts(table[named[field]], field, turns if field in task.FIELDS else "text", problems)
         for field in named
     }
     data = texts if task.FIELDS else task.read(table, settings, problems)
-    numbers = _labels(table, label, labels, label_values, problems)
+    numbers = labels_of(table, label, labels, label_values, problems)
     ids = _ids(table, part, id_column, problems)
-    blank = _blank(texts, kind, table.num_rows) if task.FIELDS else task.blank(data)
+    blank = blank_rows(texts, kind, table.num_rows) if task.FIELDS else task.blank(data)
     if empty == "error" and blank.any():
         problems.append(_emptiness(texts, kind, blank))
     _raise(part, problems)
@@ -97,11 +99,19 @@ def _wanted(
     return wanted | ({id_column: "task.id"} if id_column else {})
 
 
-def _check_columns(table: pa.Table, wanted: Mapping[str, str]) -> None:
+def _check_columns(table: pa.Table, part: str, wanted: Mapping[str, str]) -> None:
     """Columns that are not there end the check: nothing else can be said without them."""
     missing = [f"{name!r} (correct {key})" for name, key in wanted.items() if name not in table.column_names]
     if missing:
-        raise DataError(f"no column {', '.join(missing)}: there are {', '.join(table.column_names)}")
+        raise DataError(f"{part}: no column {', '.join(missing)}: there are {', '.join(table.column_names)}")
+
+
+def _check_flat(table: pa.Table, part: str, label: str | Sequence[str] | None, id_column: str | None) -> None:
+    """Labels and ids are compared as strings: a list or bytes have none."""
+    for name in (*([label] if isinstance(label, str) else label or ()), *([id_column] if id_column else ())):
+        kind = table[name].type
+        if pa.types.is_nested(kind) or any(is_bytes(kind) for is_bytes in BYTES):
+            raise DataError(f"{part}: column {name!r} is {kind}: labels and ids are strings or whole numbers")
 
 
 def _check_names(
@@ -115,7 +125,7 @@ def _check_names(
         problems.append(f"column {clash[0]!r} has a name that is taken: rename it in the source")
 
 
-def _texts(column: pa.ChunkedArray, field: str, turns: str, problems: list[str]) -> pa.ChunkedArray:
+def plain_texts(column: pa.ChunkedArray, field: str, turns: str, problems: list[str]) -> pa.ChunkedArray:
     if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
         if turns == "text" or not _is_list_of_text(column.type):
             problems.append(f"field {field!r} is {column.type}, not text: map it to a column of strings")
@@ -137,7 +147,7 @@ def _joined(
             try:
                 turns = parse(value or "[]")
                 texts.append(_encodable("\n\n".join("" if turn is None else turn for turn in turns)))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 wrong.append(place)
                 texts.append("?")
         chunks.append(pa.array(texts, pa.string()))
@@ -165,7 +175,7 @@ def _is_list_of_text(kind: pa.DataType) -> bool:
     )
 
 
-def _labels(
+def labels_of(
     table: pa.Table,
     label: str | Sequence[str] | None,
     names: Sequence[str],
@@ -249,11 +259,11 @@ def numbered(part: str, count: int) -> list[str]:
 def _ids(table: pa.Table, part: str, id_column: str | None, problems: list[str]) -> Texts:
     if id_column is None:
         return pa.array(numbered(part, table.num_rows), pa.string())
-    ids = table[id_column].cast(pa.string())
-    counts = pc.value_counts(ids)
+    ids = pc.fill_null(table[id_column].cast(pa.string()), "")
+    counts = pc.value_counts(ids.filter(pc.not_equal(ids, "")))
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-    if ids.null_count:
-        problems.append(f"{ids.null_count} rows have no id in {id_column!r}: fill them")
+    if empty := pc.sum(pc.equal(ids, "")).as_py():
+        problems.append(f"{empty} rows have no id in {id_column!r}: fill them")
     if len(repeated):
         problems.append(
             f"{len(repeated)} ids in {id_column!r} repeat, first {repeated[0]['values'].as_py()!r}: "
@@ -264,7 +274,7 @@ def _ids(table: pa.Table, part: str, id_column: str | None, problems: list[str])
     return ids
 
 
-def _blank(texts: Mapping[str, pa.ChunkedArray], kind: str, count: int) -> npt.NDArray[np.bool_]:
+def blank_rows(texts: Mapping[str, pa.ChunkedArray], kind: str, count: int) -> npt.NDArray[np.bool_]:
     """Rows that lack a text in all fields of one of the kind's NEEDED alternatives."""
     without = np.zeros(count, dtype=bool)
     for alternatives in KINDS[kind].NEEDED:

@@ -15,7 +15,7 @@ from llmkd.batches import Examples, Rows, sorted_batches
 from llmkd.generation import batch_inputs
 from llmkd.models.head import head_of, predicting_states
 from llmkd.shards import finish, row_digests, shard_stands, write_shard
-from llmkd.sparse import Layout, choose, pack
+from llmkd.sparse import Layout, choose, joined, pack
 from llmkd.train import inference
 
 if TYPE_CHECKING:
@@ -84,10 +84,11 @@ def _packed(
         inputs, real = batch_inputs(model, examples, batch)
         states = predicting_states(model, inputs, real, precision)  # (N, H)
         head = head_of(model, layout.vocab).to(states.dtype)
-        parts = [
-            pack(choose(head.logits(states[begin : begin + chunk]), layout, random), layout, fair)
+        chosen = [
+            choose(head.logits(states[begin : begin + chunk]), layout, random)
             for begin in range(0, len(states), chunk)
         ]
+        packed = pack(joined(chosen), layout, fair)
         ends = np.cumsum(real.sum(-1).cpu().numpy())
-        found.update(zip(batch.tolist(), np.split(np.concatenate(parts), ends[:-1]), strict=True))
+        found.update(zip(batch.tolist(), np.split(packed, ends[:-1]), strict=True))
     return [found[row] for row in rows.tolist()]

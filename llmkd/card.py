@@ -6,20 +6,34 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from llmkd import description
+from llmkd.schema import NET, Config
 
 TAGS = ("llmkd", "distillation")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-LOADING = """```python
+CLASSIFYING = """```python
 from transformers import pipeline
 
 classify = pipeline("text-classification", model="{name}", top_k=None)
-print(classify("{example}"))
+print(classify("the text, in the template the model was trained on"))
 ```"""
 WRITING = """```python
 from transformers import pipeline
 
 write = pipeline("text-generation", model="{name}")
-print(write("{example}"))
+print(write("the beginning of a text"))
+```"""
+FILES = """Over a file of raw rows (.csv, .jsonl, .parquet), in its own template, both orders of a pair
+averaged where it learnt both, and calibrated, as llmkd.json says:
+
+```python
+from pathlib import Path
+
+from llmkd.predicting import predict_file
+
+predict_file(Path("{name}"), "rows.csv", Path("predictions.parquet"))
 ```"""
 PACKED = """Packed GPTQ weights need `pip install optimum gptqmodel` in transformers. On a CPU, without them
 and at the speed of a float model:
@@ -29,6 +43,72 @@ from llmkd.models.artifact import load_artifact
 
 model, tokenizer = load_artifact("{name}"{causal})
 ```"""
+SCORED = ("log_loss", "accuracy", "ece", "auc", "amex")
+LIMITS = (
+    "It repeats the errors and the preferences of its teachers and of those who labelled the rows.",
+    "Scores are of rows like those it was trained on; on others it may be worse, and as sure of itself.",
+    "It has the licences of its base model and of its training data; name them before passing it on.",
+)
+
+
+def of_config(
+    config: Config, labels: Sequence[str], metrics: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The keyword arguments of `write_card` for a run's artifact; with its metrics.json, scores too."""
+    asked, distill = config.quantize, config.distill_of(config.student)
+    kind = config.task.kind
+    of = kind if config.student.is_net else "text"
+    name = "quantized" if asked else "merged"
+    scores = {
+        f"{what}{label}": metrics[row][what]
+        for row, label in (
+            (name, ""),
+            (f"{name}_tta", ", both orders"),
+            (f"{name}_calibrated", ", calibrated"),
+        )
+        for what in SCORED
+        if metrics and what in metrics.get(row, {})
+    }
+    return {
+        "title": f"{config.student.name}, distilled" + (f", {asked.bits}-bit" if asked else ""),
+        "facts": {
+            "teachers": ", ".join(config.teachers_of(config.student)),
+            "student": config.student.model if _is_hub_id(config.student.model) else config.student.name,
+            "method": distill.method,
+            "teachers' logits": "of next tokens" if kind == "causal_lm" else distill.view,
+            "loss terms": ", ".join(f"{weight:g} {term}" for term, weight in distill.terms.items() if weight),
+            "folds merged": config.folds.count,
+            **(
+                {
+                    "bits": asked.bits,
+                    "group size": asked.group_size,
+                    "calibration rows": asked.calibration_rows,
+                }
+                if asked
+                else {}
+            ),
+            **({} if kind == "causal_lm" else {"labels": ", ".join(labels)}),
+        },
+        "about": _about(config),
+        "scores": scores,
+        "limits": LIMITS,
+        "base_model": config.student.model,
+        "bits": asked.bits if asked else None,
+        "task": "text-generation" if kind == "causal_lm" else f"{of}-classification",
+        "plain": not (config.student.init and config.student.init.architecture.startswith(NET)),
+    }
+
+
+def _about(config: Config) -> str:
+    """What it reads, with the template of its texts; "" leaves it to `write_card`."""
+    said = description.of_config(config)
+    if not said.get("template"):
+        return ""
+    computed = "; reckoned from the texts: " + ", ".join(said["computed"]) if said["computed"] else ""
+    return (
+        f"A classifier of {said['kind']} rows, distilled from larger teachers. It reads at most "
+        f"{said['max_tokens']} tokens of this template{computed}:\n\n```\n{said['template']}\n```"
+    )
 
 
 def write_card(
@@ -41,7 +121,8 @@ def write_card(
     limits: Sequence[str] = (),
     base_model: str | None = None,
     bits: int | None = None,
-    causal: bool = False,
+    task: str = "text-classification",
+    plain: bool = True,
 ) -> Path:
     """Write `path`/README.md and return it.
 
@@ -50,21 +131,25 @@ def write_card(
         title: one line; also the name in the loading example.
         facts: how it was made, such as teachers, folds and seconds; one line each, in this order.
         about: what the model tells apart, in a sentence or two.
-        scores: figures on the test part.
+        scores: figures on the test part; those called as a metric also stand in the hub's metadata.
         limits: what it must not be trusted with.
         base_model: what the student was trained from; named only if it reads as a hub id, since a local
             path would mean nothing elsewhere.
         bits: of the packed weights; None for a float model.
-        causal: whether it is a language model, and no classifier.
+        task: the hub's name of what it does.
+        plain: whether transformers loads it without this package.
     """
+    causal = task == "text-generation"
     parts = [
-        _metadata(base_model, bits, causal),
+        _metadata(title, base_model, bits, task, scores or {}),
         f"# {title}",
-        about
-        or f"A {'language model' if causal else 'sequence classifier'}, distilled from larger teachers.",
+        about or f"A {'language model' if causal else 'classifier'}, distilled from larger teachers.",
         _section("How it was made", _lines(facts)),
-        _section("How to load it", _loading(title, bits, causal)),
-        _section("Scores", _lines({name: f"{value:.4f}" for name, value in (scores or {}).items()})),
+        _section("How to load it", _loading(title, bits, causal, plain)),
+        _section(
+            "Scores on held-out rows",
+            _lines({name: f"{value:.4f}" for name, value in (scores or {}).items()}),
+        ),
         _section("Limits", "\n".join(f"- {limit}" for limit in limits)),
     ]
     card = path / "README.md"
@@ -72,13 +157,26 @@ def write_card(
     return card
 
 
-def _metadata(base_model: str | None, bits: int | None, causal: bool) -> str:
+def _metadata(
+    title: str, base_model: str | None, bits: int | None, task: str, scores: Mapping[str, float]
+) -> str:
+    """The hub's YAML; its lists of results are JSON, which YAML reads too."""
     tags = [*TAGS, *(["gptq", f"{bits}-bit"] if bits else [])]
-    task = "text-generation" if causal else "text-classification"
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
-    if base_model and HUB_ID.fullmatch(base_model):
+    if _is_hub_id(base_model):
         lines.append(f"base_model: {json.dumps(base_model)}")
+    measured = [{"type": name, "value": round(scores[name], 6)} for name in SCORED if name in scores]
+    if measured:
+        rows = {"name": "held-out rows", "type": "held-out"}
+        found = [{"task": {"type": task}, "dataset": rows, "metrics": measured}]
+        lines.append(f"metrics: {json.dumps([one['type'] for one in measured])}")
+        lines.append(f"model-index: {json.dumps([{'name': title, 'results': found}])}")
     return "\n".join([*lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---"])
+
+
+def _is_hub_id(name: str | None) -> bool:
+    """`data/model` reads as one too, but is a path where there is such a directory."""
+    return bool(name and HUB_ID.fullmatch(name) and not Path(name).exists())
 
 
 def _section(heading: str, body: str) -> str:
@@ -93,10 +191,9 @@ def _figure(value: str | float | int) -> str:
     return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
-def _loading(title: str, bits: int | None, causal: bool) -> str:
+def _loading(title: str, bits: int | None, causal: bool, plain: bool) -> str:
     name = re.sub(r"[^\w.-]+", "-", title).strip("-").lower()
-    use = (WRITING if causal else LOADING).format(
-        name=name, example="the text, in the template the model was trained on"
-    )
-    packed = PACKED.format(name=name, causal=", causal=True" if causal else "")
-    return f"{use}\n\n{packed}" if bits else use
+    packed = PACKED.replace("{causal}", ", causal=True" if causal else "")
+    parts = [*([WRITING if causal else CLASSIFYING] if plain else []), *([packed] if bits else [])]
+    parts += [] if causal else [FILES]
+    return "\n\n".join(part.replace("{name}", name) for part in parts)

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name[start:]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
 
 
-def over(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def over(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 

@@ -39,7 +39,8 @@ def chunked_loss(
     hidden (N, H): the student's, at the positions that predict a target; targets (N,) int64.
     teachers: in the objective's order; all online, or all from a cache (`sparse_objective`).
     weights (N,): the tokens' shares of the final loss, up to one factor; all alike by default. They only
-    save time: where the loss turns out to weigh them otherwise, the head's gradient is computed anew.
+    save time: where the loss turns out to weigh them otherwise, the head's gradient is computed anew
+    (under ZeRO-3, which by then has cut the heads up again, that is refused with a ModelError).
     Gradients flow to `hidden` and to the head's weight where they require it, to teachers never.
     Raises ModelError where vocabularies differ.
     """
@@ -118,6 +119,9 @@ def _head_gradient(ctx: Any, above: Tensor) -> Tensor:
     if torch.allclose(above, factor * promised, rtol=1e-6, atol=0):
         return made.mul_(factor).to(weight.dtype)  # type: ignore[no-any-return]
     head, targets, objective, teachers, chunk = ctx.more
+    others = [teacher[1] for teacher in teachers if not isinstance(teacher, Sparse)]
+    if any(len(one.weight) < one.size for one in (head, *others)):
+        raise ModelError("tokens weigh otherwise than promised, and ZeRO-3 has cut the heads up by now")
     made.zero_()
     room = _room(hidden, head, objective, teachers, chunk)
     for rows in _chunks(len(hidden), chunk):

@@ -29,7 +29,7 @@ def parse(text: str, overrides: Sequence[str] = (), *, source: str = "config") -
     """
     try:
         data = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{source}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: expected keys and values at the top, found {type(data).__name__}")
@@ -48,7 +48,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config at `path`; see `parse`."""
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such config file; shipped ones are in configs/")
-    return parse(Path(path).read_text(encoding="utf-8"), overrides, source=str(path))
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
+    return parse(text, overrides, source=str(path))
 
 
 def _all_problems(data: dict[str, Any], error: ValidationError) -> list[str]:
@@ -102,8 +106,8 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: write key.subkey=value")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+    except (yaml.YAMLError, RecursionError):
+        raise ConfigError(f"override {override!r:.80}: the value is not YAML") from None
     *parents, last = path.split(".")
     here: Any = data
     for part in parents:
@@ -146,3 +150,31 @@ def science(section: BaseModel) -> dict[str, Any]:
         else:
             data[name] = science(value) if isinstance(value, BaseModel) else value
     return data
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a config file as it is written: sparse, `student:` or `students:`, a bare
+    path for `transfer:`. What holds across sections (`llmkd.crosschecks`) is not in it."""
+    schema: dict[str, Any] = _untitled(Config.model_json_schema())
+    properties, sections = schema["properties"], schema["$defs"]
+    properties["student"] = {"$ref": "#/$defs/Student", "description": "the only one; a chain has students:"}
+    schema["required"].remove("students")
+    schema["oneOf"] = [{"required": ["student"]}, {"required": ["students"]}]
+    sections["Task"]["properties"]["transfer"]["anyOf"].append({"type": "string"})
+    own = sections["Student"]["properties"][
+        "distill"
+    ]  # each key of distill: has a default, so none is required
+    sections["Student"]["properties"]["distill"] = {
+        "$ref": "#/$defs/Distill",
+        "description": own["description"],
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A run of llmkd", **schema}
+
+
+def _untitled(schema: Any) -> Any:
+    """Without the titles that pydantic makes of names: they say nothing that the names do not."""
+    if isinstance(schema, list):
+        return [_untitled(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _untitled(value) for key, value in schema.items() if (key, type(value)) != ("title", str)}

@@ -82,19 +82,21 @@ def _task(config: Config) -> Iterator[str]:
 
 
 def _language(config: Config) -> Iterator[str]:
-    """A language model's rows have no labels and no folds, and its teachers are its like."""
+    """A language model's rows have no labels, and its teachers are its like, trained on no fold."""
     task = config.task
     if task.kind != "causal_lm":
         if config.distill.method == "sequence":
             yield f"distill.method = 'sequence': learns next tokens of task.kind: causal_lm, not {task.kind}"
         return
-    if config.folds.count != 1:
-        yield f"folds.count = {config.folds.count}: next tokens need no folds; set folds: {{count: 1}}"
     for name in ("template", "transfer", "labels", "label_values", "max_words", "extra"):
         if getattr(task, name):
             yield f"task.{name}: a causal_lm row is its text, or its messages, and no more; remove it"
     if {"text", "messages"} <= set(task.columns):
         yield "task.columns: name text or messages, not both"
+    if config.distill.view == "oof":
+        yield "distill.view = 'oof': a causal_lm teacher is asked once and trained on no fold; leave it out"
+    if task.pack and config.distill.on_policy:
+        yield "task.pack = True: distill.on_policy needs a row's own prompt; set it to false"
     if task.pack and "messages" in task.columns:
         yield "task.pack = True: a chat is a row of its own; set it to false"
     for teacher in config.teachers:

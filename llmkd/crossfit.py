@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
     from llmkd.objective import Objective
+    from llmkd.tracking import Track
 
 
 def text_examples(
@@ -85,7 +86,8 @@ class Fit:
     """One training of a fold's model: by which method and objective, from which rows, how.
 
     `batching` are the further keyword arguments of `llmkd.train.fit`. Several fits in turn may share a
-    method, with an objective each.
+    method, with an objective each. `dev`: the examples that choose the best state, where they are not the
+    table's rows by number; by default the fold's held-out rows.
     """
 
     method: nn.Module
@@ -94,6 +96,7 @@ class Fit:
     rows: Rows
     training: TrainingArguments
     batching: Mapping[str, Any]
+    dev: Rows | None = None
 
 
 def fit_fold(
@@ -110,18 +113,20 @@ def fit_fold(
     labels: Sequence[str],
     precision: str,
     checkpoints: Path | None = None,
+    track: Track | None = None,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Train `model` from `start` by each of `fits` in turn; save what was learnt and the views' logits.
 
     Writes `adapter/` and `logits.parquet` into `directory`, and the same of each peer of a mutual method
     into `peers/<name>/`. The state kept is the one of the lowest development log loss over all fits.
-    checkpoints: a directory of this fold's own, from which an interrupted one goes on.
+    checkpoints: a directory of this fold's own, from which an interrupted one goes on. track: where its
+    curves are kept.
     Returns metrics and row counts.
     """
     from llmkd.models.lora import load_trainable
 
     load_trainable(model, start)
-    history = fit_in_turn(fits, folds.dev_rows(table, fold) if count > 1 else None, checkpoints)
+    history = fit_in_turn(fits, folds.dev_rows(table, fold) if count > 1 else None, checkpoints, track)
     method, examples = fits[-1].method, fits[-1].examples
     rows = {view: at for view, at in view_rows(table, fold, count).items() if view in views and len(at)}
     budget = int(fits[-1].batching["batch_tokens"])
@@ -139,7 +144,9 @@ def fit_fold(
     return metrics, {"train": len(fits[0].rows), **{view: len(at) for view, at in rows.items()}}
 
 
-def fit_in_turn(fits: Sequence[Fit], dev: Rows | None, checkpoints: Path | None = None) -> dict[str, Any]:
+def fit_in_turn(
+    fits: Sequence[Fit], dev: Rows | None, checkpoints: Path | None = None, track: Track | None = None
+) -> dict[str, Any]:
     """Each fit from the weights that the one before left; afterwards the best state of all.
 
     Returns the history of `llmkd.train.fit`; of several fits their histories as "phases", the lowest
@@ -152,7 +159,10 @@ def fit_in_turn(fits: Sequence[Fit], dev: Rows | None, checkpoints: Path | None 
     for i, one in enumerate(fits):
         one.method.objective = one.objective  # type: ignore[assignment]
         more = {**one.batching, "checkpoints": checkpoints / f"fit{i}" if checkpoints else None}
-        histories.append(fit(one.method, one.examples, one.rows, one.training, dev=dev, **more))
+        if track:
+            more["track"] = replace(track, unit=f"{track.unit}/fit{i}") if len(fits) > 1 else track
+        held = dev if one.dev is None else one.dev
+        histories.append(fit(one.method, one.examples, one.rows, one.training, dev=held, **more))
         found = histories[-1]["best"]
         if found is not None and found < best and len(fits) > 1:
             best, state = found, trainable_state(one.method)

@@ -34,7 +34,7 @@ def differing(directory: Path, stage: str, files: Mapping[str, Entry]) -> list[s
     for name in files:
         stamp = _stamp(directory / name)
         known = seen.get(name)
-        fresh = isinstance(known, list) and len(known) == 2 and known[0] == stamp
+        fresh = known == [stamp, files[name]["sha256"]]  # only good news is believed of a cache
         now[name] = known if fresh else [stamp, file_entry(directory / name)["sha256"]]
     if now != seen:
         _write(cache, now)
@@ -63,7 +63,7 @@ def _cache(directory: Path, stage: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there yet, or no more than a cache that was damaged
+    except (OSError, ValueError, RecursionError):  # not there yet, or no more than a cache that was damaged
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from llmkd import ranks
 from llmkd.batches import Examples, Rows, sorted_batches
 from llmkd.chunked import CHUNK
-from llmkd.errors import DataError
+from llmkd.errors import DataError, ModelError
 from llmkd.losses import ce, kl
-from llmkd.models.head import Head, head_of, inner, predicting_states, target_mask, with_heads
+from llmkd.models.head import (
+    Head,
+    head_of,
+    hidden_states,
+    inner,
+    predicting_states,
+    target_mask,
+    with_heads,
+)
 from llmkd.train import inference
 
 if TYPE_CHECKING:
@@ -100,11 +108,39 @@ def _sums(
 
 
 def batch_inputs(model: nn.Module, examples: Examples, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
-    """A batch's inputs and which positions predict a target, (B, L - 1), on the model's device."""
+    """What a model reads of a batch, and which positions predict a target, (B, L - 1), on its device."""
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in examples.inputs(rows).items()}
     marked = examples.beside["targets"](rows)["mask"].to(device) if "targets" in examples.beside else None
-    return inputs, target_mask(inputs, marked)
+    return readable(inputs), target_mask(inputs, marked)
+
+
+def readable(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch's inputs as a model is given them: of packed documents (tasks/causal_lm.py) no attention mask,
+    or transformers would not look at their position_ids for where one ends."""
+    packed = "position_ids" in inputs
+    return {name: tensor for name, tensor in inputs.items() if not packed or name != "attention_mask"}
+
+
+def check_packing(model: nn.Module, tolerance: float = 1e-2) -> None:
+    """Whether a pack's documents do not see one another in this model, by its own states of two of them.
+
+    Raises ModelError where it, or its attention's implementation, does not go by position_ids.
+    A model that ZeRO-3 has cut up cannot be asked before its training.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return
+    device, kind = next(model.parameters()).device, inner(model).config.model_type
+    ids = torch.arange(3, 11, device=device)[None]  # any words
+    places = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=device)
+    with inference(model):
+        together = hidden_states(model, {"input_ids": ids, "position_ids": places})[0, 3:].float()
+        alone = hidden_states(model, {"input_ids": ids[:, 3:]})[0].float()
+    if not torch.allclose(together, alone, rtol=0, atol=tolerance * float(alone.abs().max())):
+        raise ModelError(
+            f"{kind}: documents of one pack see one another, whatever their position_ids; set task.pack: "
+            "false, or try another attention:"
+        )
 
 
 def _now(tensor: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmkd import logits, tasks
+from llmkd.batches import Rows
 from llmkd.crossfit import view_rows
 from llmkd.errors import DataError
 from llmkd.evaluate import Logits, Probabilities, both_orders, mean_scores, scores, softmax
@@ -22,25 +24,31 @@ def folds(table: pa.Table, files: Sequence[Path], labels: Sequence[str]) -> dict
     {"oof": over all training rows, each by the fold that did not see it; "test": the mean over folds;
     "test_ensemble": of the folds' mean probabilities}. No "oof" where there is a single fold.
     """
+    truth = table["label"].to_numpy().astype(np.int64)
+    rows, found = on_view(table, files, "test", labels)
+    forecasts, at = [softmax(one) for one in found], rows[0]
+    result: dict[str, Any] = {
+        "test": mean_scores([scores(one, truth[at]) for one in forecasts]),
+        "test_ensemble": scores(np.mean(forecasts, axis=0), truth[at]),
+    }
+    if len(files) > 1:
+        rows, found = on_view(table, files, "oof", labels)
+        result["oof"] = scores(softmax(np.concatenate(found)), truth[np.concatenate(rows)])
+    return result
+
+
+def on_view(
+    table: pa.Table, files: Sequence[Path], view: str, labels: Sequence[str]
+) -> tuple[list[Rows], list[Logits]]:
+    """Of each fold's cache the row numbers of a view, in their given order, and the logits (N, C) on them."""
     ids = np.asarray(table["id"].to_pylist(), dtype=object)
     given = ~table["swapped"].to_numpy(zero_copy_only=False).astype(bool)
-    truth = table["label"].to_numpy().astype(np.int64)
-    rows = {"oof": [], "test": []}  # type: dict[str, list[Any]]
-    found = {"oof": [], "test": []}  # type: dict[str, list[Any]]
+    rows, found = [], []
     for fold, file in enumerate(files):
-        for view in ("test", "oof") if len(files) > 1 else ("test",):
-            at = view_rows(table, fold, len(files))[view]
-            on_view = logits.read(file, view, ids[at], labels=labels)
-            rows[view].append(at[given[at]])
-            found[view].append(softmax(on_view[given[at]]))
-    at = rows["test"][0]
-    result: dict[str, Any] = {
-        "test": mean_scores([scores(one, truth[at]) for one in found["test"]]),
-        "test_ensemble": scores(np.mean(found["test"], axis=0), truth[at]),
-    }
-    if found["oof"]:
-        result["oof"] = scores(np.concatenate(found["oof"]), truth[np.concatenate(rows["oof"])])
-    return result
+        at = view_rows(table, fold, len(files))[view]
+        found.append(logits.read(file, view, ids[at], labels=labels)[given[at]])
+        rows.append(at[given[at]])
+    return rows, found
 
 
 class TestRows:
@@ -62,8 +70,9 @@ class TestRows:
             stored = np.asarray(self.table["bayes"].to_pylist(), dtype=np.float64)[self.given]
             self.bayes = stored / stored.sum(axis=1, keepdims=True)  # float32 rows sum to 1 only nearly
 
-    def probabilities(self, found: Logits, *, swap: bool) -> Probabilities:
+    def probabilities(self, found: Logits, *, swap: bool = False, temperature: float = 1.0) -> Probabilities:
         """(rows in the given order, C) from the logits of all of `self.table`'s rows."""
+        found = found / temperature
         if swap:
             if (self.copies < 0).any():
                 raise DataError(
@@ -72,16 +81,30 @@ class TestRows:
             return both_orders(found[self.given], found[self.copies], self.mirror)
         return softmax(found[self.given])
 
-    def scores(self, found: Logits, *, swap: bool = False) -> dict[str, float | int]:
-        return scores(self.probabilities(found, swap=swap), self.labels)
+    def scores(
+        self, found: Logits, *, swap: bool = False, temperature: float = 1.0
+    ) -> dict[str, float | int]:
+        return scores(self.probabilities(found, swap=swap, temperature=temperature), self.labels)
 
     def write(self, path: Path, found: Logits, labels: Sequence[str], *, swap: bool) -> None:
-        """predictions.parquet: id, label, one probability a class, as shipped (both orders where asked)."""
-        ids = np.asarray(self.table["id"].to_pylist(), dtype=object)[self.given]
+        """predictions.parquet: id, label, one probability a class, both orders averaged where asked, at
+        temperature 1."""
         p = self.probabilities(found, swap=swap)
-        columns: dict[str, Any] = {"id": ids, "label": self.labels}
-        columns |= {f"p_{name}": p[:, i] for i, name in enumerate(labels)}
+        columns = self._named() | {f"p_{name}": p[:, i] for i, name in enumerate(labels)}
         pq.write_table(pa.table(columns), path, compression="zstd")
+
+    def write_logits(self, path: Path, found: Mapping[str, Logits], labels: Sequence[str]) -> None:
+        """logits.parquet: id, label, each model's logits on the given orders; label names in its metadata."""
+        columns = self._named()
+        for name, values in found.items():
+            flat = pa.array(np.ascontiguousarray(values[self.given], dtype=np.float32).reshape(-1))
+            columns[name] = pa.FixedSizeListArray.from_arrays(flat, len(labels))
+        table = pa.table(columns).replace_schema_metadata({"labels": json.dumps(list(labels))})
+        pq.write_table(table, path, compression="zstd")
+
+    def _named(self) -> dict[str, Any]:
+        ids = np.asarray(self.table["id"].to_pylist(), dtype=object)[self.given]
+        return {"id": ids, "label": self.labels}
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
@@ -98,7 +121,8 @@ def summary(metrics: Mapping[str, Any]) -> str:
         "artifact",
         "artifact_tta",
     )
-    rows |= {name: metrics[name] for name in shown if name in metrics}
+    names = [one for name in shown for one in (name, f"{name}_calibrated")]
+    rows |= {name: metrics[name] for name in names if name in metrics}
     rows |= {f"output {name}": found for name, found in metrics.get("outputs", {}).items()}
     further = [name for name in ("auc", "amex") if any(name in row for row in rows.values())]
     lines = [f"{'test rows':24}{'log loss':>10}{'accuracy':>10}{'ece':>8}{'rows':>8}"]
@@ -110,6 +134,15 @@ def summary(metrics: Mapping[str, Any]) -> str:
         lines.append(
             "transductive: students learnt from teachers' predictions on these very rows, unlabelled"
         )
+    calibration = metrics.get("calibration", {})
+    if calibration.get("temperature"):
+        test = calibration["test"]
+        lines.append(
+            f"calibrated by temperature {calibration['temperature']:.4f}: ece on test rows "
+            f"{test['ece_before']:.4f} before, {test['ece_after']:.4f} after"
+        )
+    elif "rows" in calibration:  # of this run's own artifact
+        lines.append("not calibrated: no labelled row is out of fold")
     if "bayes_log_loss" in metrics:
         drawn = metrics["bayes_log_loss_drawn"]
         lines.append(

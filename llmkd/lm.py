@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from llmkd import crossfit, ranks, units
 from llmkd.errors import DataError
@@ -66,9 +67,9 @@ def examples(
 ) -> tuple[Examples, dict[str, int]]:
     """One part's rows in tokens, and counts {"rows", "cut", "without_targets"}; rows without are left out.
 
-    Packed, a row is a block of `max_tokens` over all texts.
+    Packed, a row is a block of `max_tokens` over one fold's texts.
     """
-    from llmkd.tasks.causal_lm import block_examples, chat_examples, text_examples
+    from llmkd.tasks.causal_lm import chat_examples, packed_examples, text_examples
 
     rows = table.filter(pa.array([one == part for one in table["part"].to_pylist()]))
     ids, texts = rows["id"].to_pylist(), rows["text"].to_pylist()
@@ -78,9 +79,16 @@ def examples(
         said = [json.loads(text) for text in texts]
         return chat_examples(said, tokenizer, max_tokens, masked=mask_prompt, ids=ids)
     if pack:
-        found = block_examples(texts, tokenizer, max_tokens)
-        return found, {"rows": len(found.ids), "cut": 0, "without_targets": 0}
+        return packed_examples(texts, rows["fold"].to_pylist(), tokenizer, max_tokens)
     return text_examples(texts, tokenizer, max_tokens, ids)
+
+
+def fold_numbers(examples: Examples, table: pa.Table) -> NDArray[np.int64]:
+    """Each example's fold: its row's, or its block's. (N,)"""
+    from llmkd.tasks.causal_lm import fold_of
+
+    known = dict(zip(table["id"].to_pylist(), table["fold"].to_pylist(), strict=True))
+    return np.array([known[id] if id in known else fold_of(id) for id in examples.ids], dtype=np.int64)
 
 
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
@@ -91,7 +99,10 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
 
 
 def vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of words that the student shares with all its teachers. Raises ConfigError."""
+    """The number of words that the student shares with all its teachers. Raises ConfigError.
+
+    Chats are read in the student's template by all; a teacher that has another one is told of.
+    """
     from llmkd.models.load import load_tokenizer
     from llmkd.tasks.causal_lm import shared_vocabulary
 
@@ -100,6 +111,9 @@ def vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
         for which in config.teachers
         if isinstance(which, Llm)
     }
+    for name, reader in theirs.items() if "messages" in config.task.columns else ():
+        if reader.chat_template not in (None, tokenizer.chat_template):
+            say(f"{name}: has another chat template than the student, in whose template it reads all chats")
     return shared_vocabulary(tokenizer, theirs)
 
 
@@ -144,6 +158,7 @@ def capture(config: Config, names: Sequence[str]) -> None:
 def write_cache(config: Config, which: Llm, recipe: units.Recipe) -> None:
     ranks.start(which.deepspeed)
     from llmkd.capture import cache_teacher
+    from llmkd.generation import check_packing
     from llmkd.models.pooling import resolve_precision
     from llmkd.shards import MANIFEST, cache_key
     from llmkd.train import forget_sharding
@@ -154,10 +169,13 @@ def write_cache(config: Config, which: Llm, recipe: units.Recipe) -> None:
     precision = resolve_precision(config.precision)
     table, settings = prepared(config)[0], text_settings(config, config.student)
     rows, counts = examples(table, tokenizer, "train", **settings)
+    network = load_teacher(config, which, precision)
+    if config.task.pack:
+        check_packing(network)
     with recipe.writing(config.seed) as unit:
         beside = unit.checkpoints / CACHE  # finished shards outlive an interruption there
         cache_teacher(
-            load_teacher(config, which, precision),
+            network,
             rows,
             beside,
             layout,
@@ -193,13 +211,19 @@ def fits(
     config: Config,
     which: Student,
     kind: str,
+    fold: int,
     model: nn.Module,
     rows: Examples,
+    table: pa.Table,
     directory: Path,
     precision: str,
 ) -> tuple[list[crossfit.Fit], dict[str, Any]]:
-    """A student's one training: beside its teachers or by their caches; a baseline's by hard tokens."""
+    """A fold's one training: beside its teachers or by their caches; a baseline's by hard tokens.
+
+    With several folds the held-out one's rows choose the best state; one fold holds none out.
+    """
     from llmkd.assemble import objective_of
+    from llmkd.generation import check_packing
     from llmkd.methods.sequence import Sequence as SequenceMethod
     from llmkd.objective import HARD
     from llmkd.shards import with_cache
@@ -227,8 +251,13 @@ def fits(
         eos_id=tokenizer.eos_token_id,  # type: ignore[arg-type]
         seed=config.seed,
     )
-    everything = np.arange(len(rows.ids))
-    return [crossfit.Fit(method, objective, rows, everything, training, batching)], {}
+    for one in (model, *method.teachers) if config.task.pack else ():
+        check_packing(one)
+    held = (fold_numbers(rows, table) == fold) & (config.folds.count > 1)
+    learnt, dev = np.flatnonzero(~held), np.flatnonzero(held)
+    asked = table["part"].to_pylist().count("train")
+    facts = {} if config.task.pack else {"without_targets": asked - len(held)}
+    return [crossfit.Fit(method, objective, rows, learnt, training, batching, dev)], facts
 
 
 def calibration(config: Config, merged: Path) -> list[list[int]]:

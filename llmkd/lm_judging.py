@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +30,10 @@ def judge(config: Config, paths: Mapping[str, Path], *, whole: bool) -> dict[str
 
     paths: artifacts by name. whole: this run's student too, before and after, and its baseline.
     Returns {"teachers": {name: figures}, name: figures, "size_bytes", "continuations"}, and with both
-    "merged" and "quantized" "drift": the KL and the agreement of the latter with the former.
+    "merged" and "quantized" "drift": the KL and the agreement of the latter with the former. The student's
+    and the baseline's figures are means over the folds, and their continuations the last fold's.
     """
-    from llmkd.generation import evaluate_lm
+    from llmkd.generation import check_packing, evaluate_lm
     from llmkd.models.artifact import size_bytes
 
     asked, tokenizer = config.evaluate, tokenizer_of(config)
@@ -42,6 +45,8 @@ def judge(config: Config, paths: Mapping[str, Path], *, whole: bool) -> dict[str
     said: dict[str, list[str]] = {}
 
     def figures(name: str, model: nn.Module, teachers: Mapping[str, nn.Module]) -> dict[str, float]:
+        if config.task.pack:
+            check_packing(model)
         said[name] = _said(model, tokenizer, prompts, asked.new_tokens, vocab)
         return evaluate_lm(
             model,
@@ -62,11 +67,14 @@ def judge(config: Config, paths: Mapping[str, Path], *, whole: bool) -> dict[str
     metrics["teachers"] = {name: figures(f"teacher {name}", one, {}) for name, one in teachers.items()}
     merged: nn.Module | None = None
     candidates = {**(_led_to(config) if whole else {}), **_artifacts(config, paths, tokenizer)}
-    for name, load in candidates.items():
-        gc.collect()
-        model = load()
+    for name, loads in candidates.items():
         extra = {"merged": merged} if name == "quantized" and merged is not None else {}
-        metrics[name] = figures(name, model, {**teachers, **extra})
+        found = []
+        for load in loads:
+            gc.collect()
+            model = load()
+            found.append(figures(name, model, {**teachers, **extra}))
+        metrics[name] = _mean(found)
         merged = model if name == "merged" else merged
     if "kl/merged" in metrics.get("quantized", {}):
         drift = {what: metrics["quantized"].pop(f"{what}/merged") for what in ("kl", "agreement")}
@@ -80,29 +88,34 @@ def judge(config: Config, paths: Mapping[str, Path], *, whole: bool) -> dict[str
     return metrics
 
 
-def _led_to(config: Config) -> dict[str, Callable[[], Any]]:
-    """How to load this run's student before any training, its baseline, and the student."""
+def _mean(folds: list[dict[str, float]]) -> dict[str, float]:
+    means = {name: sum(one[name] for one in folds) / len(folds) for name in folds[0]}
+    return {**means, "perplexity": math.exp(means["nll"])}
+
+
+def _led_to(config: Config) -> dict[str, list[Callable[[], Any]]]:
+    """How to load this run's student before any training, its baseline's folds, and the student's."""
     from llmkd.models.lora import load_trained
 
     student, precision = config.student, config.evaluate.precision
     source = base(config, student)[0]
 
-    def trained(kind: str) -> Any:
+    def trained(recipe: units.Recipe) -> Any:
         model, _ = load_model(config, student, source, (), precision)
-        load_trained(model, units.student(config, student, kind, 0).directory / "adapter")
+        load_trained(model, recipe.directory / "adapter")
         return model
 
-    found: dict[str, Callable[[], Any]] = {
-        "before": lambda: _on_device(load_base(config, student, source, (), precision)[0])
-    }
-    if config.distill_of(config.student).baseline:
-        found["baseline"] = lambda: trained("baseline")
-    return {**found, "student": lambda: trained("student")}
+    def folds(kind: str) -> list[Callable[[], Any]]:
+        return [partial(trained, recipe) for recipe in units.students(config, kind)]
+
+    before = [lambda: _on_device(load_base(config, student, source, (), precision)[0])]
+    baseline = {"baseline": folds("baseline")} if config.distill_of(student).baseline else {}
+    return {"before": before, **baseline, "student": folds("student")}
 
 
 def _artifacts(
     config: Config, paths: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Callable[[], Any]]:
+) -> dict[str, list[Callable[[], Any]]]:
     """How to load model directories. Raises ConfigError for one of another vocabulary than the student's."""
     import torch
 
@@ -117,7 +130,7 @@ def _artifacts(
         shared_vocabulary(tokenizer, {str(path): reader})  # type: ignore[dict-item]
         return model
 
-    return {name: lambda path=path: load(path) for name, path in paths.items()}  # type: ignore[misc]
+    return {name: [partial(load, path)] for name, path in paths.items()}
 
 
 def _on_device(model: Any) -> Any:

@@ -68,5 +68,5 @@ def _holder(handle: int) -> str:
     try:
         who = json.loads(os.pread(handle, 4096, 0))
         return f"process {who['pid']} on {who['host']} since {who['since']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock, and is about to write who it is
+    except (ValueError, KeyError, TypeError, RecursionError):  # its holder is about to write who it is
         return "another process"

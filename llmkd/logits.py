@@ -32,7 +32,7 @@ def write(
             pa.table(
                 {
                     "id": pa.array(ids, pa.string()),
-                    "view": pa.array([view] * len(ids)).dictionary_encode(),
+                    "view": pa.array([view] * len(ids), pa.string()).dictionary_encode(),
                     "logits": pa.FixedSizeListArray.from_arrays(values, len(labels)),
                 }
             )
@@ -57,6 +57,15 @@ def _check(
         raise CacheError(f"{path}: {view} row {ids[row]!r} has a logit that is not finite; {remedy}")
 
 
+def _check_types(schema: pa.Schema) -> None:
+    """Raise TypeError where the columns are not those that `write` writes."""
+    id, view, logits = (schema.field(name).type for name in ("id", "view", "logits"))
+    words = view.value_type if pa.types.is_dictionary(view) else view
+    numbers = logits.value_type if pa.types.is_fixed_size_list(logits) or pa.types.is_list(logits) else logits
+    if (id, words, numbers) != (pa.string(), pa.string(), pa.float32()):
+        raise TypeError(f"its columns id, view, logits are {id}, {view}, {logits}")
+
+
 def read(
     path: Path,
     view: str,
@@ -76,7 +85,8 @@ def read(
         table = pq.read_table(path, columns=["id", "view", "logits"])
         table.validate(full=True)  # words that are not UTF-8, offsets that lead outside
         names = json.loads((table.schema.metadata or {})[b"labels"])
-    except (pa.ArrowException, KeyError, ValueError, OSError) as error:
+        _check_types(table.schema)
+    except (pa.ArrowException, KeyError, ValueError, TypeError, RecursionError, OSError) as error:
         raise CacheError(
             f"{path}: not a logits cache ({' '.join(str(error).split())[:120]}); {remedy}"
         ) from error

@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from llmkd import checkpoint, interrupt, ranks, sharded
 from llmkd.checkpoint import over, under
 from llmkd.errors import ModelError, Stopped
-from llmkd.models.lora import load_trainable, trainable_state
+from llmkd.models.lora import load_trainable, trainable, trainable_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -111,11 +111,25 @@ class Saving(TrainerCallback):
         if self.found is None:
             return 0
         tensors, facts = self.found
+        self._check(tensors)
         load_learnt(self.method, self.found)
         if self.keep and "best" in facts:
             self.keep.best, self.keep.history = facts["best"], facts["history"]
             self.keep.state = under("best", tensors) or None
         return int(facts["trainer"]["global_step"])
+
+    def _check(self, tensors: dict[str, Tensor]) -> None:
+        """Raise ModelError where the checkpoint is of a method that learns something else."""
+        own = over("trained", trainable(self.method)) | over("buffers", checkpoint.buffers(self.method))
+        # under ZeRO-3 a parameter's own shape is that of the piece this rank holds
+        shapes = {name: tuple(getattr(one, "ds_shape", one.shape)) for name, one in own.items()}
+        learnt = [name for name in tensors if name.startswith(("trained/", "buffers/"))]
+        kept = {name: tuple(tensors[name].shape) for name in learnt}
+        if odd := sorted({name for name, _ in shapes.items() ^ kept.items()}):
+            raise ModelError(
+                f"{self.directory}: another training's checkpoint ({odd[0]} differs); remove that "
+                "directory to begin anew"
+            )
 
     def load_optimizer(self) -> None:
         assert self.found

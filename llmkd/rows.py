@@ -7,6 +7,7 @@ doubles it.
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, Literal
+from unicodedata import normalize
 
 import numpy as np
 import numpy.typing as npt
@@ -157,7 +158,8 @@ def _content(
 
 
 def _keys(table: pa.Table, fields: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """64-bit digest of each row's values: texts casefolded with whitespace collapsed, bytes as they are."""
+    """64-bit digest of each row's values: texts casefolded, in one Unicode normal form and with whitespace
+    collapsed; bytes as they are."""
     for field in fields:
         if field not in table.column_names:
             raise DataError(f"group {field!r} is no field: the rows have {', '.join(_text_columns(table))}")
@@ -167,7 +169,8 @@ def _keys(table: pa.Table, fields: Sequence[str]) -> npt.NDArray[np.uint64]:
 
 def _digest(values: Sequence[str | bytes]) -> int:
     normal = b"\0".join(
-        value if isinstance(value, bytes) else " ".join(value.casefold().split()).encode() for value in values
+        value if isinstance(value, bytes) else " ".join(normalize("NFC", value).casefold().split()).encode()
+        for value in values
     )
     return int.from_bytes(blake2b(normal, digest_size=8).digest(), "big")
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # of the packed bytes: how `llmkd.sparse` lays them out
 REMEDY = "remove the directory and write it anew"
 Key = Mapping[str, Any]  # what a cache was made from: the layout's fields and `fingerprint`'s, by name
 
@@ -45,7 +46,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 def cache_key(layout: Layout, teacher: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a cache must have been made from to be read, or to be gone on with."""
-    return {**asdict(layout), "teacher": teacher, **fingerprint(tokenizer)}
+    return {**asdict(layout), "format": FORMAT, "teacher": teacher, **fingerprint(tokenizer)}
 
 
 def row_digests(examples: Examples, rows: Rows) -> NDArray[np.uint64]:
@@ -87,7 +88,7 @@ def shard_stands(directory: Path, index: int, ids: Sequence[str], key: Key) -> b
     path = _shard(directory, index)
     if not path.with_suffix(".json").is_file() or not path.is_file():
         return False
-    entry = _read_json(path.with_suffix(".json"))
+    entry = _read_json(path.with_suffix(".json"), sha256=str)
     _check_key(path, entry["key"], key)
     return bool(entry["sha256"] == _sha(path.read_bytes())) and _ids(path) == list(ids)
 
@@ -96,7 +97,7 @@ def finish(directory: Path, count: int, key: Key, counts: Mapping[str, int] | No
     """Write the manifest over shards 0 to count - 1, and return it. `counts`: what else is worth noting."""
     entries = []
     for index in range(count):
-        entry = _read_json(_shard(directory, index).with_suffix(".json"))
+        entry = _read_json(_shard(directory, index).with_suffix(".json"), rows=int, tokens=int, bytes=int)
         _check_key(_shard(directory, index), entry.pop("key"), key)
         entries.append({"file": _shard(directory, index).name, **entry})
     totals = {name: sum(entry[name] for entry in entries) for name in ("rows", "tokens", "bytes")}
@@ -133,12 +134,12 @@ def open_cache(
 
     if not (directory / MANIFEST).is_file():
         raise CacheError(f"{directory}: not a finished cache (no {MANIFEST}); let stage 02 finish it")
-    manifest = _read_json(directory / MANIFEST)
+    manifest = _read_json(directory / MANIFEST, shards=list)
     _check_key(directory, manifest["key"], key)
     where: dict[str, tuple[int, int, int, int]] = {}
     packed = []
     for index, entry in enumerate(manifest["shards"]):
-        path = directory / entry["file"]
+        path = _shard(directory, index)
         _check_file(path, entry)
         handle = safe_open(path, framework="numpy")
         offsets, marks = handle.get_tensor("offsets"), handle.get_tensor("digests").view(np.uint64)
@@ -177,7 +178,13 @@ def _check_key(path: Path, found: Key, key: Key) -> None:
             raise CacheError(f"{path}: made with {was}, not {wanted}; {REMEDY}")
 
 
-def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+def _check_file(path: Path, entry: Any) -> None:
+    if (
+        not isinstance(entry, dict)
+        or entry.get("file") != path.name
+        or not {"bytes", "sha256"} <= entry.keys()
+    ):
+        raise CacheError(f"{path.parent / MANIFEST}: damaged; {REMEDY}")
     if not path.is_file():
         raise CacheError(f"{path}: missing; run stage 02 anew, it keeps the other shards")
     if path.stat().st_size != entry["bytes"]:
@@ -225,12 +232,17 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(beside, path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, **kinds: type) -> dict[str, Any]:
+    """A JSON object with a `key`, and with further entries of these kinds. Raises CacheError."""
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         content = {}
-    if not isinstance(content, dict) or "key" not in content:
+    wanted = {"key": dict, **kinds}
+    whole = isinstance(content, dict) and all(
+        isinstance(content.get(name), kind) for name, kind in wanted.items()
+    )
+    if not whole:
         raise CacheError(f"{path}: missing or damaged; {REMEDY}")
     return content
 

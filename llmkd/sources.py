@@ -1,6 +1,8 @@
 """Where rows come from: a file, a glob, a hub data set, or the embedded data."""
 
+import codecs
 import glob
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,8 @@ import pyarrow as pa
 from llmkd.errors import DataError
 from llmkd.tasks import arena
 
+BOM = codecs.BOM_UTF8
+BLOCK = 1 << 26  # bytes; a row must fit one, and the readers' own 1 MB is less than one long document
 _LINE = re.compile(r"\n|<br\s*/?>")
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
@@ -30,32 +34,63 @@ def read(source: str, *, seed: int = 0) -> pa.Table:
     suffix = Path(source).suffix.lower()
     if suffix not in READERS:
         raise DataError(f"{source}: suffix {suffix!r} is not read: use {', '.join(READERS)}, hub: or arena:")
-    paths = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
+    found = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
+    paths = [path for path in found if Path(path).is_file()]
     if not paths:
-        raise DataError(f"{source}: no such file: correct the path")
+        what = "a directory, not a file" if found else "no such file"
+        raise DataError(f"{source}: {what}: correct the path")
     try:
-        return pa.concat_tables([READERS[suffix](path) for path in paths], promote_options="permissive")
+        return pa.concat_tables([_whole(path, suffix) for path in paths], promote_options="permissive")
     except pa.ArrowException as error:
-        line = " ".join(str(error).split())
-        raise DataError(f"{source}: cannot be read as {suffix} ({line[:200]}): mend the file") from error
+        raise DataError(f"{source}: cannot be read as {suffix} ({_reason(error)}): mend the file") from error
+
+
+def _whole(path: str, suffix: str) -> pa.Table:
+    """One file's rows. Raises DataError naming it, and of JSON the line."""
+    try:
+        table = READERS[suffix](path)
+        table.validate(full=True)  # a reader may let bytes pass that are no UTF-8
+        return table
+    except (pa.ArrowException, OSError) as error:
+        reason = _broken_line(path) if READERS[suffix] is _read_json else None
+        remedy = "save it as UTF-8" if "utf8" in str(error).lower() else "mend the file"
+        raise DataError(
+            f"{path}: cannot be read as {suffix} ({reason or _reason(error)}): {remedy}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split())[:200])
+
+
+def _broken_line(path: str) -> str | None:
+    """The first line of a file that holds no JSON object, counted from 1."""
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                whole = not line.strip() or isinstance(json.loads(line.removeprefix(BOM)), dict)
+            except (ValueError, RecursionError):
+                whole = False
+            if not whole:
+                return f"line {number} is no JSON object"
+    return None
 
 
 def _read_csv(path: str) -> pa.Table:
     from pyarrow import csv
 
     # Strings throughout: a guessed type would turn the id 007 into 7 and a text "12" into a number.
-    parse = csv.ParseOptions(newlines_in_values=True)
-    with csv.open_csv(path, parse_options=parse) as reader:
+    parse, blocks = csv.ParseOptions(newlines_in_values=True), csv.ReadOptions(block_size=BLOCK)
+    with csv.open_csv(path, blocks, parse) as reader:
         names = reader.schema.names
     types = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-    return csv.read_csv(path, parse_options=parse, convert_options=types)
+    return csv.read_csv(path, blocks, parse, types)
 
 
 def _read_json(path: str) -> pa.Table:
-    from pyarrow import json as lines
+    from pyarrow import json as lines  # of Arrow, where `json` is Python's
 
-    # A row must fit a block; the default of 1 MB is less than one long document.
-    return lines.read_json(path, lines.ReadOptions(block_size=1 << 26))
+    return lines.read_json(path, lines.ReadOptions(block_size=BLOCK))
 
 
 def _read_parquet(path: str) -> pa.Table:

@@ -8,11 +8,12 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkd import interrupt, ranks, run
+from llmkd import interrupt, ranks, run, tracking
 from llmkd.config import load, science
 from llmkd.errors import ConfigError, LlmkdError, RunError, Stopped
 from llmkd.schema import Config, Model
@@ -27,7 +28,16 @@ DISTILL, MERGE, QUANTIZE, EVALUATE = "03_distill", "04_merge", "05_quantize", "0
 
 
 def main(body: Callable[[Config, argparse.Namespace], None], description: str, *flags: str) -> None:
-    """Run a stage's body; what a user can mend ends as one line on stderr and exit code 2.
+    """Run a stage's body with the config and the flags of this process's command line; see `telling`."""
+    with telling():
+        config, arguments = parse(description, flags)
+        tracking.check(config.tracking)
+        body(config, arguments)
+
+
+@contextmanager
+def telling() -> Iterator[None]:
+    """Around a command: what a user can mend ends as one line on stderr and exit code 2.
 
     SIGTERM and Ctrl-C end it with 143 and 130, once what can be gone on with is saved.
     """
@@ -41,8 +51,7 @@ def main(body: Callable[[Config, argparse.Namespace], None], description: str, *
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         with interrupt.heard():
-            config, arguments = parse(description, flags)
-            body(config, arguments)
+            yield
     except LlmkdError as error:
         _tell("\n".join(f"error: {line}" for line in str(error).split("\n")))
         sys.exit(2)
@@ -157,11 +166,11 @@ def _check_settings(config: Config, directory: Path, settings: dict[str, Any]) -
 
 def prepared(config: Config) -> tuple["pa.Table", list[str], str]:
     """Stage 00's rows, the label names and the digest of its directory."""
-    import pyarrow.parquet as pq
+    from llmkd import mapped
 
     directory = rows_directory(config)
     digest = run.digest(directory, command(config, PREPARE))  # before a byte of it is believed
-    table = pq.read_table(directory / "rows.parquet")
+    table = mapped.table(directory / "rows.parquet")
     return table, json.loads(table.schema.metadata[b"labels"]), digest
 
 
@@ -261,11 +270,14 @@ def load_base(
         register()
         network = AutoModelForSequenceClassification.from_pretrained(source, local_files_only=True)
         return network.float(), features.load(Path(source))
+    from transformers import set_seed
+
     from llmkd.models.load import check_budget, load_causal_lm, load_classifier, load_tokenizer
 
     tokenizer = load_tokenizer(source, model.pad_token)
     if config.task.kind == "causal_lm":
         network = load_causal_lm(source, load_in=held_in, attention=model.attention)
+        set_seed(seed_of(config, model))  # an adapter is drawn next, alike on every rank
         check_budget(network.config, source, model.max_tokens or config.task.max_tokens)
         return network, tokenizer
     network = load_classifier(
@@ -297,16 +309,16 @@ def examples_of(config: Config, model: Model, table: "pa.Table", reader: Any) ->
     )
 
 
-def _parts(what: str, path: str, *overrides: str) -> list[str]:
-    """What `make -j` runs side by side: the config's models, its teacher:fold pairs, or its folds."""
-    config = load(path, overrides)
+def parts(config: Config, what: str) -> list[str]:
+    """What may run side by side of a stage: the config's models, its teacher:fold pairs, or its folds."""
     folds = [str(fold) for fold in range(config.folds.count)]
     if what == "models":
         return [model.name for model in config.models]
     if what == "folds":  # of a chain, a student's folds wait for those of the one before it
         return folds if len(config.students) == 1 else []
-    return [f"{teacher.name}:{fold}" for teacher in config.teachers for fold in folds]
+    asked = folds[:1] if config.task.kind == "causal_lm" else folds  # one cache serves all folds
+    return [f"{teacher.name}:{fold}" for teacher in config.teachers for fold in asked]
 
 
-if __name__ == "__main__":
-    print(*_parts(*sys.argv[1:]))
+if __name__ == "__main__":  # what `make -j` asks
+    print(*parts(load(sys.argv[2], sys.argv[3:]), sys.argv[1]))

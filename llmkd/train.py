@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from llmkd.models.lora import load_trainable
 from llmkd.models.pooling import autocast, class_logits, without_dropout
 from llmkd.resume import Saving, keeping, load_learnt
 from llmkd.steps import KeepBest, StepTrainer
+from llmkd.tracking import Track, tracked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,6 +100,7 @@ def fit(
     on_nan: str = "stop",
     checkpoints: Path | None = None,
     checkpoint_minutes: float = 10,
+    track: Track | None = None,
 ) -> dict[str, Any]:
     """Train `method` on the rows `train`; with `dev` rows, leave it where its student's log loss was lowest.
 
@@ -106,6 +109,7 @@ def fit(
     checkpoints: a directory that is this training's own. Every `checkpoint_minutes`, and on SIGTERM or
     Ctrl-C, the training is saved there, and begun again it goes on from there; when it is whole, it is not
     done again. on_nan: "stop", or "skip" steps whose loss or gradient is not finite.
+    track: where its curves are kept, if anywhere.
 
     Returns the history: {"loss": [every log entry], "dev": [{step, dev_log_loss}], "steps", "best",
     "padding_share", "skipped": [the ids of each step that was skipped]}.
@@ -128,25 +132,26 @@ def fit(
     set_seed(training.seed)
     steps = Steps(examples, train, batch_rows, batch_tokens, training.seed, ranks.rank(), ranks.world())
     keep = None
-    if dev is not None:
+    own = getattr(method, "dev_loss", None)  # a language model's: its rows have no labels
+    if dev is not None and own is None:
         dev = dev[examples.labels[dev] >= 0]
     if dev is not None and len(dev):
         precision = str(getattr(method, "precision", "fp32"))
-        keep = KeepBest(
-            method, lambda: dev_log_loss(student, examples, dev, batch_tokens, precision), evaluations
+        score = partial(dev_log_loss, student, precision=precision) if own is None else own
+        keep = KeepBest(method, partial(score, examples, dev, batch_tokens), evaluations)
+    with tracked(track, lambda: keep.history if keep else [], resumed=found is not None) as curves:
+        trainer = StepTrainer(
+            model=method,
+            args=training,
+            train_dataset=steps,
+            callbacks=[*([keep] if keep else []), *curves],  # type: ignore[list-item]
         )
-    trainer = StepTrainer(
-        model=method,
-        args=training,
-        train_dataset=steps,
-        callbacks=[keep] if keep else [],  # type: ignore[arg-type]
-    )
-    trainer.parts, trainer.parts_since = {}, 0
-    trainer.on_nan, trainer.skipped, trainer.skipped_since = on_nan, [], 0
-    if checkpoints is None:
-        trainer.train()
-    else:
-        _train_on(trainer, Saving(trainer, checkpoints, checkpoint_minutes, method, keep, found), steps)
+        trainer.parts, trainer.parts_since = {}, 0
+        trainer.on_nan, trainer.skipped, trainer.skipped_since = on_nan, [], 0
+        if checkpoints is None:
+            trainer.train()
+        else:
+            _train_on(trainer, Saving(trainer, checkpoints, checkpoint_minutes, method, keep, found), steps)
     _check_engine(trainer, training)
     if training.deepspeed:
         student.__dict__[ENGINE] = trainer.model_wrapped  # as an attribute it would become a submodule

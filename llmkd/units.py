@@ -10,23 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmkd import run
+from llmkd import description, run
 from llmkd.config import science
 from llmkd.errors import RunError
-from llmkd.schema import Config, Distill, External, Lightgbm, Llm, Student, Training
+from llmkd.schema import Config, Distill, External, Lightgbm, Llm, Model, Student, Training
 from llmkd.stage import (
     DISTILL,
+    EVALUATE,
     MERGE,
     PREPARE,
+    PRETRAIN,
     QUANTIZE,
     TEACHERS,
     base,
+    checkpoint,
     command,
     model_settings,
+    phases,
+    prepare_settings,
+    pretrain_settings,
     rows_directory,
     seed_of,
     text_settings,
 )
+from llmkd.tracking import Track
 
 TRAINING = set(Training.model_fields)
 
@@ -52,6 +59,12 @@ class Recipe:
         return run.writing(self.directory, self.stage, self.settings, self.inputs, seed, alone=alone)
 
 
+def track(config: Config, recipe: Recipe) -> Track:
+    """Where a unit's curves go."""
+    root = Path(config.run)
+    return Track(config.tracking, root, recipe.directory.relative_to(root).as_posix(), recipe.settings)
+
+
 def rows(config: Config) -> dict[str, str]:
     """The digest of stage 00's rows."""
     return {PREPARE: run.digest(rows_directory(config), command(config, PREPARE))}
@@ -68,7 +81,26 @@ def finished(config: Config, *recipes: Recipe) -> dict[str, str]:
     return digests
 
 
+def prepared(config: Config) -> Recipe:
+    task = config.task
+    sources = {"train": task.train, "test": task.test, "transfer": task.transfer and task.transfer.data}
+    inputs = {part: run.source_digest(source) for part, source in sources.items() if source}
+    return Recipe(Path(config.run) / PREPARE, PREPARE, prepare_settings(config), inputs)
+
+
+def pretrained(config: Config, model: Model) -> Recipe:
+    todo = phases(config, model)
+    inputs = {f"data {i}": run.source_digest(phase.data) for i, phase in enumerate(todo)} | checkpoint(model)
+    held = config.task.kind == "causal_lm" or any(phase.objective == "supervised" for phase in todo)
+    if model.init or held:  # a tokenizer is trained on the rows; other rows are held against test rows
+        inputs |= rows(config)
+    directory = Path(config.run) / PRETRAIN / model.name
+    return Recipe(directory, PRETRAIN, pretrain_settings(config, model), inputs)
+
+
 def teacher(config: Config, which: Llm | Lightgbm | External, fold: int) -> Recipe:
+    """One fold's teacher; of a language model one cache of all rows serves every fold."""
+    fold = 0 if config.task.kind == "causal_lm" else fold
     seed = seed_of(config, which) if isinstance(which, Llm) else config.seed
     settings: dict[str, Any] = {"seed": seed, "teacher": science(which), "views": config.views}
     settings |= {"fold": fold}
@@ -183,6 +215,12 @@ def student_views(config: Config, which: Student) -> list[str]:
     return [*config.views, "test", "transfer"] if followed else ["oof", "test"]
 
 
+def kinds_of(config: Config, which: Student) -> list[str]:
+    """A baseline shows what teachers are worth to the student that is shipped."""
+    shown = config.distill_of(which).baseline and which is config.student
+    return ["student", "baseline"] if shown else ["student"]
+
+
 def students(config: Config, kind: str = "student", which: Student | None = None) -> list[Recipe]:
     """All folds of one student, by default of the one that is shipped."""
     return [student(config, which or config.student, kind, fold) for fold in range(config.folds.count)]
@@ -190,7 +228,9 @@ def students(config: Config, kind: str = "student", which: Student | None = None
 
 def merged(config: Config) -> Recipe:
     settings = {"merge": science(config.merge), "student": model_settings(config.student)}
+    settings["description"] = description.of_config(config)  # stands in its directory
     inputs = {**base(config, config.student)[1], **finished(config, *students(config))}
+    inputs |= rows(config)  # their labels, and the folds' logits, are what calibrates
     return Recipe(Path(config.run) / MERGE, MERGE, settings, inputs)
 
 
@@ -201,3 +241,26 @@ def quantized(config: Config) -> Recipe:
     settings |= {"text": text_settings(config, config.student)}
     inputs = {**rows(config), **finished(config, merged(config))}
     return Recipe(Path(config.run) / QUANTIZE, QUANTIZE, settings, inputs)
+
+
+def judged(config: Config) -> dict[str, list[Recipe]]:
+    """Whose folds left logits that are judged; the student last, after its baseline."""
+    folds = range(config.folds.count)
+    leave = [which for which in config.teachers if which not in beside(config, config.student)]
+    found = {which.name: [teacher(config, which, fold) for fold in folds] for which in leave}
+    found |= {which.name: students(config, which=which) for which in config.students[:-1]}
+    if config.distill_of(config.student).baseline:
+        found["baseline"] = students(config, "baseline")
+    return {**found, "student": students(config)}
+
+
+def judging_settings(config: Config) -> dict[str, Any]:
+    settings = {"evaluate": science(config.evaluate), "text": text_settings(config, config.student)}
+    return {**settings, "student": model_settings(config.student)}
+
+
+def evaluated(config: Config) -> Recipe:
+    made = [recipe for recipes in judged(config).values() for recipe in recipes]
+    artifact = quantized(config) if config.quantize else merged(config)
+    inputs = {**rows(config), **finished(config, *made, artifact)}
+    return Recipe(Path(config.run) / EVALUATE, EVALUATE, judging_settings(config), inputs)

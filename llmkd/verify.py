@@ -1,9 +1,5 @@
-"""Every finished unit of a run held against its manifest: `python -m llmkd.verify RUN`.
+"""Every finished unit of a run held against its manifest; every byte is read, whatever was seen before."""
 
-Reads every byte, whatever was verified before. Exit code 0, or 1 with a line for each problem.
-"""
-
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,21 +71,3 @@ def _digest(unit: Path) -> str | None:
         return run.told(run.manifest(unit))
     except RunError:
         return None
-
-
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m llmkd.verify RUN")
-    try:
-        problems = verify_run(Path(sys.argv[1]))
-    except RunError as error:
-        problems = [str(error)]
-    for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
-    if problems:
-        sys.exit(1)
-    print(f"{sys.argv[1]}: {len(list(units(Path(sys.argv[1]))))} units, all whole")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,30 +2,21 @@
 
 import json
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
-from llmkd import run
+from llmkd import run, units
 from llmkd.schema import Config, Part
-from llmkd.stage import PREPARE, main, prepare_settings, say
+from llmkd.stage import main, say
 
 
 def prepare(config: Config, arguments: Namespace) -> None:
-    task = config.task
-    directory = Path(config.run) / PREPARE
-    settings = prepare_settings(config)
-    transfer = task.transfer.data if task.transfer else None
-    inputs = {
-        part: run.source_digest(source)
-        for part, source in (("train", task.train), ("test", task.test), ("transfer", transfer))
-        if source
-    }
-    if run.stands(directory, run.fingerprint(PREPARE, settings, inputs)):
-        return say(f"{directory}: done")
-    with run.writing(directory, PREPARE, settings, inputs, config.seed) as unit:
+    recipe = units.prepared(config)
+    if recipe.stands:
+        return say(f"{recipe.directory}: done")
+    with recipe.writing(config.seed) as unit:
         write_rows(config, unit)
     report = unit.metrics["report"]
-    say(f"{directory}: {unit.rows}, leaks {report['leaks']}, duplicates {report['duplicates']}")
+    say(f"{recipe.directory}: {unit.rows}, leaks {report['leaks']}, duplicates {report['duplicates']}")
 
 
 def sources(config: Config) -> dict[Part, Any]:

@@ -4,22 +4,21 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llmkd import ranks, run
+from llmkd import ranks, units
 from llmkd.errors import DataError
 from llmkd.schema import Config, Model, Pretrain, TrainTokenizer
 from llmkd.stage import (
     PRETRAIN,
-    checkpoint,
     chosen,
     is_made,
     main,
     phases,
     prepared,
-    pretrain_settings,
     say,
     seed_of,
     text_settings,
 )
+from llmkd.tracking import Track
 
 
 def pretrain(config: Config, arguments: Namespace) -> None:
@@ -32,23 +31,19 @@ def pretrain(config: Config, arguments: Namespace) -> None:
 
 
 def make(config: Config, model: Model) -> None:
-    directory = Path(config.run) / PRETRAIN / model.name
-    settings = pretrain_settings(config, model)
-    inputs = {f"data {i}": run.source_digest(phase.data) for i, phase in enumerate(phases(config, model))}
-    inputs |= checkpoint(model)
-    held = config.task.kind == "causal_lm"
-    held |= any(phase.objective == "supervised" for phase in phases(config, model))
-    if model.init or held:  # a tokenizer is trained on the rows; other rows are held against test rows
-        inputs["00_prepare"] = prepared(config)[2]
-    if run.stands(directory, run.fingerprint(PRETRAIN, settings, inputs)):
+    recipe = units.pretrained(config, model)
+    directory = recipe.directory
+    if recipe.stands:
         return say(f"{directory}: done")
     for phase in phases(config, model):
         ranks.start(phase.deepspeed)
-    with run.writing(directory, PRETRAIN, settings, inputs, config.seed) as unit:
+    with recipe.writing(config.seed) as unit:
         source = start_from(config, model, unit.path / "model")
         for i, phase in enumerate(phases(config, model)):
             checkpoints = unit.checkpoints / f"phase{i}"
-            history = run_phase(config, model, phase, source, unit.path, checkpoints)
+            where = f"{PRETRAIN}/{model.name}/phase{i}"
+            track = Track(config.tracking, Path(config.run), where, recipe.settings)
+            history = run_phase(config, model, phase, source, unit.path, checkpoints, track)
             source = str(unit.path / "model")
             unit.metrics[f"phase {i}"] = history
             say(f"{directory}: {phase.objective} on {phase.data}, loss {history['loss'][-1]['loss']}")
@@ -131,7 +126,13 @@ def training_texts(config: Config, table: Any) -> list[str]:
 
 
 def run_phase(
-    config: Config, model: Model, phase: Pretrain, source: str, directory: Path, checkpoints: Path
+    config: Config,
+    model: Model,
+    phase: Pretrain,
+    source: str,
+    directory: Path,
+    checkpoints: Path,
+    track: Track,
 ) -> dict[str, Any]:
     """One phase from `source` into directory/model; an adapter is merged into a fresh float base."""
     from llmkd.models import continued
@@ -163,6 +164,7 @@ def run_phase(
         seed=config.seed,
         training=training,
         checkpoints=checkpoints,
+        track=track,
         **batching,
     )
 

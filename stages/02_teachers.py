@@ -69,6 +69,7 @@ def fine_tune(config: Config, teacher: Llm, todo: dict[int, units.Recipe]) -> No
                 labels=labels,
                 precision=precision,
                 checkpoints=unit.checkpoints,
+                track=units.track(config, recipe),
             )
             unit.metrics.update(metrics)
             unit.rows.update(counts)

@@ -16,13 +16,7 @@ def distill(config: Config, arguments: Namespace) -> None:
     kinds = chosen(arguments.only, ["student", "baseline"], "only")
     for which in config.students:
         if which.name in names:
-            learn(config, which, [kind for kind in kinds if kind in kinds_of(config, which)], folds)
-
-
-def kinds_of(config: Config, which: Student) -> list[str]:
-    """A baseline shows what teachers are worth to the student that is shipped."""
-    shown = config.distill_of(which).baseline and which is config.student
-    return ["student", "baseline"] if shown else ["student"]
+            learn(config, which, [kind for kind in kinds if kind in units.kinds_of(config, which)], folds)
 
 
 def learn(config: Config, which: Student, kinds: list[str], folds: list[int]) -> None:
@@ -63,11 +57,13 @@ def learn(config: Config, which: Student, kinds: list[str], folds: list[int]) ->
                 labels=labels,
                 precision=precision,
                 checkpoints=unit.checkpoints,
+                track=units.track(config, recipe),
             )
             unit.metrics.update(metrics, **facts)
             unit.rows.update(counts)
-        last = f"loss {metrics['loss'][-1]['loss']}" if config.task.kind == "causal_lm" else ""
-        say(f"{recipe.directory}: {last or 'development log loss ' + str(metrics['best'])}")
+        best = metrics["best"]  # None without development rows
+        said = f"loss {metrics['loss'][-1]['loss']}" if best is None else f"development log loss {best}"
+        say(f"{recipe.directory}: {said}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Stage 04: the folds' adapters and heads averaged into one fresh float base."""
+"""Stage 04: the folds' adapters and heads averaged into one fresh float base, and calibrated out of fold."""
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
-from llmkd import ranks, units
+from llmkd import description, ranks, units
 from llmkd.schema import Config
 from llmkd.stage import base, load_base, main, prepared, say
 
@@ -14,10 +15,19 @@ def merge(config: Config, arguments: Namespace) -> None:
     recipe = units.merged(config)
     if recipe.stands:
         return say(f"{recipe.directory}: done")
-    adapters = [student.directory / "adapter" for student in units.students(config)]
+    folds = [student.directory for student in units.students(config)]
     with recipe.writing(config.seed, alone=True) as unit:
-        write_model(config, base(config, config.student)[0], adapters, unit.path / "model")
-    say(f"{recipe.directory}: {len(adapters)} folds merged by {config.merge.how}")
+        model = unit.path / "model"
+        write_model(config, base(config, config.student)[0], [fold / "adapter" for fold in folds], model)
+        found = calibrated(config, folds)
+        labels = [] if config.task.kind == "causal_lm" else prepared(config)[1]
+        description.write(model, recipe.settings["description"], labels, found.get("temperature"))
+        unit.metrics.update({"calibration": found} if found else {})
+        if config.quantize is None:
+            from llmkd.card import of_config, write_card
+
+            write_card(model, **of_config(config, labels))
+    say(f"{recipe.directory}: {len(folds)} folds merged by {config.merge.how}")
 
 
 def write_model(config: Config, source: str, folds: list[Path], directory: Path) -> None:
@@ -37,6 +47,16 @@ def write_model(config: Config, source: str, folds: list[Path], directory: Path)
         reader.save_pretrained(directory)
     if all((fold / FILE).is_file() for fold in folds):
         write_exits(mean_exits(folds), directory)
+
+
+def calibrated(config: Config, folds: list[Path]) -> dict[str, Any]:
+    """`llmkd.calibration.calibrate` by the folds' logits; {} of a language model, which leaves none."""
+    if config.task.kind == "causal_lm":
+        return {}
+    from llmkd.calibration import calibrate
+
+    table, labels, _ = prepared(config)
+    return calibrate(table, [fold / "logits.parquet" for fold in folds], labels)
 
 
 if __name__ == "__main__":

@@ -18,23 +18,26 @@ def quantize(config: Config, arguments: Namespace) -> None:
     recipe = units.quantized(config)
     if recipe.stands:
         return say(f"{recipe.directory}: done")
-    from llmkd.models.exits import FILE
+    from llmkd.description import FILE
+    from llmkd.models import exits
 
     merged = Path(config.run) / MERGE / "model"
     with recipe.writing(config.seed, alone=True) as unit:
         facts = write_model(config, merged, unit.path / "model")
         unit.metrics.update(facts)
-        if (merged / FILE).is_file():  # the exits' heads stay in float, as the model's own does
-            shutil.copy(merged / FILE, unit.path / "model" / FILE)
+        # what it says of itself, its temperature included; the exits' heads stay in float, as its own does
+        for name in (FILE, exits.FILE):
+            if (merged / name).is_file():
+                shutil.copy(merged / name, unit.path / "model" / name)
     say(f"{recipe.directory}: {facts}")
 
 
 def write_model(config: Config, merged: Path, directory: Path) -> dict[str, Any]:
-    from llmkd.card import write_card
+    from llmkd.card import of_config, write_card
     from llmkd.quantize import quantize_gptq
 
     assert config.quantize
-    asked, causal = config.quantize, config.task.kind == "causal_lm"
+    asked = config.quantize
     facts = quantize_gptq(
         merged,
         directory,
@@ -43,25 +46,7 @@ def write_model(config: Config, merged: Path, directory: Path) -> dict[str, Any]
         group_size=asked.group_size,
         desc_act=asked.desc_act,
     )
-    distill = config.distill_of(config.student)
-    write_card(
-        directory,
-        title=f"{config.student.name}, distilled, {asked.bits}-bit",
-        facts={
-            "teachers": ", ".join(config.teachers_of(config.student)),
-            "student": config.student.model or config.student.name,
-            "teachers' logits": "of next tokens" if causal else distill.view,
-            "loss terms": ", ".join(f"{weight:g} {name}" for name, weight in distill.terms.items() if weight),
-            "folds merged": config.folds.count,
-            "bits": asked.bits,
-            "group size": asked.group_size,
-            "calibration rows": asked.calibration_rows,
-            **({} if causal else {"labels": ", ".join(prepared(config)[1])}),
-        },
-        base_model=config.student.model,
-        bits=asked.bits,
-        causal=causal,
-    )
+    write_card(directory, **of_config(config, prepared(config)[1]))
     return facts
 
 

@@ -2,11 +2,15 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -235,12 +239,54 @@ def test_code_in_the_directory_is_never_run(tmp_path):
         load_artifact(path)
 
 
+ALONE = """
+import json, sys
+sys.modules["llmkd"] = None  # whoever imports it fails
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+path, text = sys.argv[1:]
+said = pipeline("text-classification", model=path, top_k=None)([text])[0]
+model = AutoModelForSequenceClassification.from_pretrained(path)
+logits = model(**AutoTokenizer.from_pretrained(path)(text, return_tensors="pt")).logits
+packed = sum(hasattr(module, "qweight") for module in model.modules())
+labels = model.config.id2label
+print(json.dumps({"said": said, "logits": logits.tolist(), "labels": labels, "packed": packed}))
+"""
+
+
+@pytest.mark.slow
+def test_the_8_bit_directory_loads_where_this_package_is_not_installed(finished):
+    """By transformers, optimum and gptqmodel alone: its layers packed, its labels by name."""
+    path, text = finished / "05_quantize" / "model", "which?\nA: one\nB: two, three\nBest:"
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(path), text],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+        cwd=path,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["labels"] == {"0": "a", "1": "b", "2": "tie"}
+    assert {one["label"] for one in found["said"]} == {"a", "b", "tie"}
+    assert found["packed"] == 7
+    model, tokenizer = load_artifact(path)
+    with torch.no_grad():
+        expected = model(**tokenizer(text, return_tensors="pt")).logits
+    # there in bfloat16, as it was saved
+    torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=5e-3, rtol=0)
+    by_name = {one["label"]: one["score"] for one in found["said"]}
+    scores = dict(zip(("a", "b", "tie"), expected.softmax(-1)[0].tolist(), strict=True))
+    assert by_name == pytest.approx(scores, abs=3e-3)
+
+
 def test_card(tmp_path):
     card = write_card(
         tmp_path,
         title="Arena 8-bit",
         facts={"teachers": "llama, qwen", "folds": 5, "weight_error": 0.0061234},
-        scores={"log loss": 0.87654321},
+        scores={"log_loss": 0.87654321, "accuracy, both orders": 0.5},
         limits=["Judges English only."],
         base_model="google/gemma-2-9b-it",
         bits=8,
@@ -255,8 +301,12 @@ def test_card(tmp_path):
         "- Judges English only.",
         "load_artifact",
         'pipeline("text-classification"',
+        "predict_file",
     ):
         assert text in card
+    data = ModelCard(card).data
+    assert [(one.metric_type, one.metric_value) for one in data.eval_results] == [("log_loss", 0.876543)]
+    assert data.tags == ["llmkd", "distillation", "gptq", "8-bit"]
 
 
 def test_card_names_no_path_and_no_empty_section(tmp_path):
@@ -266,4 +316,26 @@ def test_card_names_no_path_and_no_empty_section(tmp_path):
     assert "someone" not in card
     assert "gptq" not in card.lower()
     assert "## Scores" not in card
+    assert "model-index" not in card
     assert str(tmp_path) not in card
+
+
+def test_a_directory_of_two_names_is_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "clients/acme" in write_card(tmp_path, title="m", facts={}, base_model="clients/acme").read_text()
+    (tmp_path / "clients" / "acme").mkdir(parents=True)
+    assert "acme" not in write_card(tmp_path, title="m", facts={}, base_model="clients/acme").read_text()
+
+
+def test_the_card_of_a_net_needs_this_package(tmp_path):
+    card = write_card(tmp_path, title="net", facts={}, task="tabular-classification", plain=False).read_text()
+    assert "pipeline_tag: tabular-classification" in card
+    assert "predict_file" in card
+    assert "pipeline(" not in card
+
+
+def test_the_card_of_a_language_model(tmp_path):
+    card = write_card(tmp_path, title="lm", facts={}, bits=8, task="text-generation").read_text()
+    assert 'pipeline("text-generation"' in card
+    assert ", causal=True)" in card
+    assert "predict_file" not in card

@@ -14,6 +14,8 @@ from llmkd.errors import ConfigError, DataError
 from llmkd.tasks.causal_lm import (
     block_examples,
     chat_examples,
+    fold_of,
+    packed_examples,
     read_chats,
     read_texts,
     shared_vocabulary,
@@ -50,6 +52,45 @@ def test_a_row_weighs_its_targets_and_has_no_label() -> None:
     examples = block_examples(TEXTS, tiny.tokenizer(), 16)
     np.testing.assert_array_equal(examples.weights, examples.lengths - 1)
     assert (examples.labels == -1).all()
+
+
+@pytest.mark.parametrize("block", [2, 7, 16, 64])
+def test_a_pack_counts_each_document_anew_and_holds_every_token(block: int) -> None:
+    tokenizer = tiny.tokenizer()
+    folds = [i % 3 for i in range(len(TEXTS))]
+    examples, counts = packed_examples(TEXTS, folds, tokenizer, block)
+    documents = [[*tokenizer(text)["input_ids"], 2] for text in TEXTS]
+    assert {fold_of(id) for id in examples.ids} == {0, 1, 2}
+    assert counts["rows"] == len(examples.ids) == len(set(examples.ids))
+    left_out = 0
+    for fold in range(3):
+        own = [documents[i] for i in range(len(TEXTS)) if folds[i] == fold]
+        at = [i for i, id in enumerate(examples.ids) if fold_of(id) == fold]
+        tokens = [token for ids in own for token in ids]
+        found = [token for i in at for token in row(examples, i)]
+        left_out += len(tokens) - len(found)
+        assert counts["without_targets"] or found == tokens
+    assert left_out <= block * counts["without_targets"]
+    packed = np.array([0, len(examples.ids) - 1, 1])
+    inputs, targets = examples.inputs(packed), examples.beside["targets"](packed)["mask"]
+    positions, real = inputs["position_ids"], inputs["attention_mask"].bool()
+    np.testing.assert_array_equal(targets, real & (positions > 0))
+    np.testing.assert_array_equal(examples.weights[packed], targets.sum(-1))
+    assert (positions[:, 0] == 0).all()
+    steps = positions.diff(dim=1)
+    assert ((steps == 1) | (positions[:, 1:] == 0)).all()
+    ends = (inputs["input_ids"] == 2)[:, :-1] & real[:, :-1]
+    assert (positions[:, 1:][ends] == 0).all(), "a document that ends is followed by another, or by padding"
+
+
+def test_documents_cut_by_a_block_s_end_are_counted() -> None:
+    tokenizer = tiny.tokenizer()
+    lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in TEXTS]
+    ends = np.cumsum(lengths)
+    _, counts = packed_examples(TEXTS, [0] * len(TEXTS), tokenizer, 16)
+    assert counts["cut"] == sum(place not in ends for place in range(16, ends[-1], 16))
+    with pytest.raises(DataError, match="1 texts have no token to predict"):
+        packed_examples(["a text"], [0], tokenizer, 1)
 
 
 def test_special_tokens_in_a_text_are_text() -> None:

@@ -95,6 +95,23 @@ def test_tokens_may_weigh_anything_whatever_was_promised(promised: str | None) -
     )
 
 
+@pytest.mark.parametrize("promised", [True, False])
+def test_a_head_cut_up_before_backward_is_refused_where_it_is_needed(promised: bool) -> None:
+    """As ZeRO-3 leaves it between the modules' own calls."""
+    hidden, head, targets, teachers = case()
+    weights = torch.rand(N)
+    told = weights if promised else None
+    loss, _ = chunked_loss(hidden, head, targets, BOTH, teachers, weights=told, chunk=4)
+    expected = None if not promised else gradients((loss * weights).sum(), hidden, head)
+    loss, _ = chunked_loss(hidden, head, targets, BOTH, teachers, weights=told, chunk=4)
+    teachers[0][1].weight.data = torch.empty(0)
+    if expected:
+        torch.testing.assert_close(gradients((loss * weights).sum(), hidden, head), expected)
+    else:
+        with pytest.raises(ModelError, match="weigh otherwise than promised"):
+            gradients((loss * weights).sum(), hidden, head)
+
+
 def test_a_tied_head_has_the_gradient_of_both_its_uses() -> None:
     _, _, targets, teachers = case()
     table = torch.randn(PADDED, 8, requires_grad=True)

@@ -181,3 +181,40 @@ def test_predictions_hold_each_test_row_once(part: judging.TestRows, tmp_path: P
     assert sorted(table["id"].to_pylist()) == [f"test{i}" for i in range(TEST)]
     p = np.stack([column(table, f"p_{name}") for name in LABELS], axis=1)
     assert scores(p, column(table, "label")) == pytest.approx(part.scores(found, swap=swap))
+
+
+def test_logits_are_of_the_given_orders_and_name_their_labels(part: judging.TestRows, tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    found = {name: random.normal(size=(2 * TEST, 3)).astype(np.float32) for name in ("merged", "quantized")}
+    part.write_logits(tmp_path / "logits.parquet", found, LABELS)
+    table = pq.read_table(tmp_path / "logits.parquet")
+    assert table.column_names == ["id", "label", "merged", "quantized"]
+    assert str(table.schema.field("merged").type) == "fixed_size_list<element: float>[3]"
+    assert table.schema.metadata == {b"labels": b'["a", "b", "tie"]'}
+    assert table["id"].to_pylist() == [id for id in part.table["id"].to_pylist() if "#" not in id]
+    for name, values in found.items():
+        assert scores(softmax(column(table, name)), column(table, "label")) == pytest.approx(
+            part.scores(values)
+        )
+
+
+def test_a_temperature_divides_the_logits_of_both_orders(part: judging.TestRows) -> None:
+    found = np.random.default_rng(4).normal(size=(2 * TEST, 3)).astype(np.float32)
+    for swap in (True, False):
+        halved = part.probabilities(found, swap=swap, temperature=2.0)
+        np.testing.assert_allclose(halved, part.probabilities(found / 2, swap=swap))
+        assert np.abs(halved - part.probabilities(found, swap=swap)).max() > 0.01
+
+
+def test_the_summary_tells_of_calibration() -> None:
+    row = {"log_loss": 1.0, "accuracy": 0.5, "ece": 0.1, "rows": 4}
+    test = {"ece_before": 0.1, "ece_after": 0.02}
+    metrics = {"merged": row, "merged_calibrated": row, "calibration": {"temperature": 1.5, "test": test}}
+    shown = judging.summary(metrics)
+    assert "merged_calibrated" in shown
+    assert "calibrated by temperature 1.5000: ece on test rows 0.1000 before, 0.0200 after" in shown
+    assert "not calibrated" in judging.summary(
+        {"merged": row, "calibration": {"temperature": None, "rows": 0}}
+    )
+    foreign = judging.summary({"artifact": row, "calibration": {"temperature": None}})
+    assert "calibrated" not in foreign

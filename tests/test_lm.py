@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import pytest
 import tiny
 import torch
 from conftest import STAGES
+from safetensors.torch import load_file
 
 from llmkd import capture, lm, run, stage
 from llmkd.config import load, parse
 from llmkd.errors import CacheError, ConfigError, DataError, RunError
+from llmkd.generation import evaluate_lm
 from llmkd.models.artifact import load_artifact, open_tensors
+from llmkd.models.lora import load_trained
+from llmkd.sparse import Layout
 from llmkd.tasks.arena import texts
 
 SIZES = "num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 64"
@@ -133,7 +138,7 @@ def test_the_cache_is_small_and_tells_its_size(made: Path) -> None:
     assert found["bytes"] == sum(
         entry["bytes"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")
     )
-    assert math.ceil(20 * (9 + 8) / 8) < found["bytes_per_token"]
+    assert Layout("sampled", 21, 320).token_bytes < found["bytes_per_token"]
 
 
 def test_every_model_is_judged(made: Path) -> None:
@@ -232,7 +237,89 @@ def test_blocks_over_all_texts(root: Path) -> None:
     everything = sum(rows(root, "train")[0].lengths)
     assert found["rows"] > everything // 48, "texts were cut before"
     assert run.manifest(root / "run/03_distill/small/fold0")["rows"]["train"] == found["rows"]
-    assert metrics(root)["rows"]["cut"] == 0
+    assert metrics(root)["rows"]["cut"] > 0, "by a block's end"
+
+
+def folds(root: Path) -> list[Path]:
+    return [root / f"run/03_distill/small/fold{fold}" for fold in (0, 1)]
+
+
+def test_held_out_rows_choose_each_fold_s_best_state_and_the_merge_is_the_mean(root: Path) -> None:
+    """Two folds with LoRA, the teacher asked once; a learning rate that soon makes the student worse."""
+    way = ("folds.count=2", "student.lora={r: 4, alpha: 8, dropout: 0}", "distill.learning_rate=2")
+    more = ("distill.evaluations=5", "distill.epochs=3", "distill.schedule=constant", "quantize=null")
+    assert go(root, *way, *more) == 0
+    assert [path.name for path in (root / "run/02_teachers/big").iterdir()] == ["fold0"]
+    config = load(root / "lm.yaml", list(way))
+    train, _ = rows_of(config, "train")
+    numbers = lm.fold_numbers(train, stage.prepared(config)[0])
+    judged, worse = [], 0
+    for fold, path in enumerate(folds(root)):
+        manifest = run.manifest(path)
+        found = [one["dev_log_loss"] for one in manifest["metrics"]["dev"]]
+        assert manifest["rows"]["train"] == (numbers != fold).sum() > 0
+        assert manifest["metrics"]["best"] == min(found)
+        worse += min(found) < found[-1]
+        student = lm_student(config, path)
+        held = np.flatnonzero(numbers == fold)
+        assert nll(student, train, held) == pytest.approx(min(found), abs=1e-5)
+        test = rows_of(config, "test")[0]
+        judged.append(nll(student, test, np.arange(len(test.ids))))
+    assert worse
+    assert metrics(root)["student"]["nll"] == pytest.approx(np.mean(judged), abs=1e-5)
+    one, two = (load_file(path / "adapter/adapter_model.safetensors") for path in folds(root))
+    base = load_file(root / "run/01_pretrain/small/model/model.safetensors")
+    merged, adapted = load_file(root / "run/04_merge/model/model.safetensors"), 0
+    for name, weight in merged.items():
+        down, up = (f"base_model.model.{name.removesuffix('.weight')}.lora_{which}.weight" for which in "AB")
+        if down in one:
+            adapted += 1
+            deltas = [8 / 4 * fold[up] @ fold[down] for fold in (one, two)]
+            torch.testing.assert_close(weight - base[name], sum(deltas) / 2, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(weight, base[name])
+    assert adapted == 7
+
+
+def test_folds_in_full_and_packed_are_averaged(root: Path) -> None:
+    way = ("folds.count=2", "task.pack=true", "distill.baseline=false")
+    assert go(root, *way, stages=STAGES[:5]) == 0
+    config = load(root / "lm.yaml", list(way))
+    train, _ = rows_of(config, "train")
+    table = stage.prepared(config)[0]
+    counts = [run.manifest(path)["rows"]["train"] for path in folds(root)]
+    assert sum(counts) == len(train.ids), "each block is one fold's"
+    starts: dict[str, set[int]] = {}
+    for text, fold in zip(table["text"].to_pylist(), table["fold"].to_pylist(), strict=True):
+        starts.setdefault(text[:12], set()).add(fold)
+    tokenizer = lm.tokenizer_of(config)
+    for row, fold in enumerate(lm.fold_numbers(train, table)):
+        ids, places = (train.inputs(np.array([row]))[name][0] for name in ("input_ids", "position_ids"))
+        for at in torch.nonzero(places == 0)[1:, 0].tolist():  # the first may be the rest of a text
+            said = tokenizer.decode(ids[at : at + 12], skip_special_tokens=True)[:12]
+            assert fold in starts.get(said, {fold})
+    merged = load_file(root / "run/04_merge/model/model.safetensors")
+    parts = [load_file(path / "adapter/model.safetensors") for path in folds(root)]
+    for name, weight in parts[0].items():
+        torch.testing.assert_close(merged[name], (weight + parts[1][name]) / 2)
+        assert not torch.equal(weight, parts[1][name])
+
+
+def rows_of(config: Any, part: str) -> tuple[Any, Any]:
+    tokenizer = lm.tokenizer_of(config)
+    settings = stage.text_settings(config, config.student)
+    return lm.examples(stage.prepared(config)[0], tokenizer, part, **settings)
+
+
+def lm_student(config: Any, fold: Path) -> Any:
+    source = stage.base(config, config.student)[0]
+    model, _ = stage.load_model(config, config.student, source, (), "fp32")
+    load_trained(model, fold / "adapter")
+    return model
+
+
+def nll(model: Any, examples: Any, chosen: Any) -> float:
+    return evaluate_lm(model, examples, chosen, batch_tokens=500, vocab=320)["nll"]
 
 
 def test_the_head_stays_in_float_and_a_packed_artifact_is_judged_alone(root: Path) -> None:
@@ -315,7 +402,9 @@ def test_a_changed_byte_in_a_shard_is_named(root: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("folds.count=2", "folds.count = 2"),
+        ("distill.view=oof", "distill.view = 'oof'"),
+        ("task.columns={messages: m} task.pack=true", "task.pack = True: a chat"),
+        ("distill.cache=null distill.on_policy=0.5 task.pack=true", "task.pack = True: distill.on_policy"),
         ("distill.method=cached", "distill.method = 'cached'"),
         ("distill.terms.reverse_kl=1", "distill.terms.reverse_kl"),
         ("distill.on_policy=0.5", "distill.on_policy = 0.5"),
@@ -334,7 +423,7 @@ def test_a_config_that_cannot_be(line: str, told: str) -> None:
     if line.startswith("teachers"):
         text = text.replace("models: [big], ", "")
     with pytest.raises(ConfigError) as caught:
-        parse(text, [line])
+        parse(text, re.split(r" (?=\w+\.\w+=)", line))
     assert [one for one in str(caught.value).split("\n") if told in one]
 
 
@@ -354,7 +443,9 @@ TEMPLATE = (
 )
 
 
-def test_chats_are_learnt_where_the_assistant_speaks(tmp_path: Path) -> None:
+def test_chats_are_learnt_where_the_assistant_speaks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     said = texts(24, 1)
     chats = [
         [{"role": "user", "content": text[:20]}, {"role": "assistant", "content": text[20:40]}]
@@ -365,9 +456,9 @@ def test_chats_are_learnt_where_the_assistant_speaks(tmp_path: Path) -> None:
     pd.DataFrame({"talk": written[:20]}).to_parquet(tmp_path / "train.parquet")
     pd.DataFrame({"talk": written[20:]}).to_parquet(tmp_path / "test.parquet")
     tokenizer = tiny.tokenizer(said, 300)
-    tokenizer.chat_template = TEMPLATE
-    for name, seed in (("big", 0), ("small", 1)):
+    for name, seed, template in (("big", 0, "{{ messages }}"), ("small", 1, TEMPLATE)):
         tiny.causal_lm(seed=seed, vocab_size=320).save_pretrained(tmp_path / name)
+        tokenizer.chat_template = template
         tokenizer.save_pretrained(tmp_path / name)
     path = tmp_path / "chats.yaml"
     path.write_text(
@@ -382,6 +473,10 @@ def test_chats_are_learnt_where_the_assistant_speaks(tmp_path: Path) -> None:
         assert tiny.stage(name, config=path) == 0, name
     manifest = run.manifest(tmp_path / "run/02_teachers/big/fold0")
     assert manifest["rows"] == {"rows": 19, "cut": 0, "without_targets": 1}
+    printed = capsys.readouterr().out
+    assert "'without_targets': 1" in printed
+    assert "big: has another chat template than the student" in printed
+    assert run.manifest(tmp_path / "run/03_distill/small/fold0")["metrics"]["without_targets"] == 1
     answers = [tokenizer(chat[1]["content"])["input_ids"] for chat in chats[:20] if len(chat) > 1]
     assert manifest["metrics"]["tokens"] == sum(map(len, answers)), "eos in place of bos"
     found = json.loads((tmp_path / "run/06_evaluate/metrics.json").read_text())

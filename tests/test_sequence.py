@@ -13,12 +13,14 @@ from torch import Tensor
 
 from llmkd.capture import cache_teacher
 from llmkd.errors import ConfigError, ModelError
+from llmkd.generation import check_packing, evaluate_lm
 from llmkd.methods.next_token import NextToken
 from llmkd.methods.sequence import Sequence
 from llmkd.models.lora import add_lora, trainable
 from llmkd.objective import Objective
 from llmkd.shards import cache_key, open_cache, with_cache
 from llmkd.sparse import Layout
+from llmkd.tasks.causal_lm import packed_examples, text_examples
 from llmkd.train import fit
 
 WORDS = 64
@@ -98,6 +100,50 @@ def test_padding_changes_nothing() -> None:
     for row in range(5):
         alone, _ = method(**examples.batch(np.array([row]), 1, 1.0)["batch"])
         assert float(alone.detach()) == pytest.approx(float(together[row].detach()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attention"),
+    [("llama", "eager"), ("llama", "sdpa"), ("qwen2", "sdpa"), ("qwen2", "eager"), ("gemma2", "eager")],
+)
+def test_a_pack_is_its_documents_alone(architecture: str, attention: str, tmp_path: Path) -> None:
+    """States and loss of a pack of several documents, the teacher's cache included, and of each alone."""
+    student = tiny.causal_lm(architecture, attn_implementation=attention, vocab_size=320)
+    teacher = tiny.causal_lm(architecture, seed=1, attn_implementation=attention, vocab_size=320)
+    texts, tokenizer = (
+        ["some words", "and a few more of them", "to learn", "more words of them"],
+        tiny.tokenizer(),
+    )
+    alone, _ = text_examples(texts, tokenizer, 64)
+    packed, counts = packed_examples(texts, [0] * 4, tokenizer, int(alone.lengths[:3].sum()))
+    assert counts == {"rows": 2, "cut": 0, "without_targets": 0}
+    assert packed.lengths[0] > packed.lengths[1], "the second row is padded"
+    for one in (student, teacher):
+        check_packing(one)
+    found = []
+    for name, examples in (("alone", alone), ("packed", packed)):
+        everything = np.arange(len(examples.ids))
+        cache = tmp_path / name
+        key = cache_key(Layout("topk", 320, 320, 32), "t", tokenizer)
+        cache_teacher(teacher, examples, cache, Layout("topk", 320, 320, 32), key, batch_tokens=1000)
+        joined = with_cache(examples, "t", open_cache(cache, examples.ids, key))
+        for teachers, rows_of in (({}, joined), ({"t": teacher}, examples)):
+            method = Sequence(student, OBJECTIVE, teachers, vocab=320)
+            loss, _ = method(**rows_of.batch(everything, len(everything), 1.0)["batch"])
+            shares = torch.from_numpy(examples.weights / examples.weights.sum()).float()
+            found.append(loss.detach() @ shares)
+        judged = evaluate_lm(student, examples, everything, batch_tokens=50, vocab=320)
+        found.append(torch.tensor(judged["nll"]))
+    torch.testing.assert_close(found[:3], found[3:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_looks_across_documents_is_refused() -> None:
+    model = tiny.causal_lm()
+    decoder = model.get_decoder()
+    forward = decoder.forward
+    decoder.forward = lambda **inputs: forward(**{k: v for k, v in inputs.items() if k != "position_ids"})
+    with pytest.raises(ModelError, match="llama: documents of one pack see one another"):
+        check_packing(model)
 
 
 def test_hard_tokens_alone_are_next_token() -> None:

@@ -129,6 +129,19 @@ def test_artifacts_of_one_name_are_judged_each_for_itself(copy: Path) -> None:
     assert (copy / "06_evaluate" / "metrics.json").read_bytes() == own
 
 
+def test_an_artifact_of_other_classes_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, own = copy / "04_merge" / "model", copy.parent / "theirs"
+    shutil.copytree(model, own)
+    (own / "llmkd.json").unlink()
+    config = json.loads((own / "config.json").read_text())
+    for names, code in ((["b", "a", "tie"], 2), (["LABEL_0", "LABEL_1", "LABEL_2"], 0)):
+        numbers = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        (own / "config.json").write_text(json.dumps({**config, **numbers}))
+        assert tiny.stage("06_evaluate", f"run={copy}", f"--artifact={own}") == code
+    assert "its classes are ['b', 'a', 'tie'], not ['a', 'b', 'tie']" in capsys.readouterr().err
+    assert len(list(copy.glob("06_evaluate-theirs-*/metrics.json"))) == 1
+
+
 def test_no_file_names_this_machine(finished: Path) -> None:
     for path in (path for path in finished.rglob("*") if path.is_file()):
         assert str(finished).encode() not in path.read_bytes(), path

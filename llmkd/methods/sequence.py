@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmkd.batches import Examples, Rows
 from llmkd.chunked import CHUNK, Teacher, chunked_loss
 from llmkd.errors import ConfigError
 from llmkd.models.head import head_of, predicting_states, target_mask, with_heads
@@ -83,14 +84,21 @@ class Sequence(nn.Module):
         its `Sparse` fields over the batch's targets, row by row. -> loss (B,) and its parts (B,)."""
         beside = beside or {}
         marked = beside["targets"]["mask"] if "targets" in beside else None
+        real = target_mask(inputs, marked)  # (B, L - 1)
         if not self._own_turn():
-            return self._judged(inputs, target_mask(inputs, marked), self.objective, beside)
-        inputs, marked = self._said(inputs, target_mask(inputs, marked))
+            return self._judged(inputs, real, real.sum(-1), self.objective, beside)
+        inputs, marked = self._said(inputs, real)
         soft = {name: weight for name, weight in self.objective.terms.items() if name != "ce"}
-        loss, parts = self._judged(
-            inputs, target_mask(inputs, marked), replace(self.objective, terms=soft), beside
-        )
+        own = target_mask(inputs, marked)
+        loss, parts = self._judged(inputs, own, real.sum(-1), replace(self.objective, terms=soft), beside)
         return loss, {f"on_policy/{name}": part for name, part in parts.items()}
+
+    def dev_loss(self, examples: Examples, rows: Rows, batch_tokens: int) -> float:
+        """Mean negative log-likelihood of development rows' targets, by which the best state is kept."""
+        from llmkd.generation import evaluate_lm
+
+        more = {"vocab": self.vocab, "precision": self.precision, "chunk": self.chunk}
+        return evaluate_lm(self.student, examples, rows, batch_tokens=batch_tokens, **more)["nll"]  # type: ignore[arg-type]
 
     def _own_turn(self) -> bool:
         """Drawn from a count of batches, so that all ranks say and hear the same: ZeRO-3 needs them to."""
@@ -100,9 +108,19 @@ class Sequence(nn.Module):
         return bool(np.random.default_rng([self.seed, self.batches]).random() < self.on_policy)
 
     def _judged(
-        self, inputs: dict[str, Tensor], real: Tensor, objective: Objective, beside: Mapping[str, Any]
+        self,
+        inputs: dict[str, Tensor],
+        real: Tensor,
+        weights: Tensor,
+        objective: Objective,
+        beside: Mapping[str, Any],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        targets = inputs["input_ids"][:, 1:][real]  # (N,)
+        """weights (B,): the rows' in a step, up to one factor: promised to the chunked loss, as under ZeRO-3
+        its backward finds no whole head to compute a gradient anew."""
+        from llmkd.generation import readable
+
+        row, counts = real.nonzero()[:, 0], real.sum(-1).clamp(min=1)  # (N,), (B,)
+        targets, inputs = inputs["input_ids"][:, 1:][real], readable(inputs)  # (N,)
         states = predicting_states(self.student, inputs, real, self.precision)  # (N, H)
         with torch.no_grad():
             theirs = [predicting_states(teacher, inputs, real, self.precision) for teacher in self.teachers]
@@ -115,11 +133,10 @@ class Sequence(nn.Module):
             if not teachers:
                 teachers = [_sparse(beside, name) for name in objective.teachers]
             head = head_of(self.student, self.vocab)
-            return chunked_loss(states, head, targets, objective, teachers, chunk=self.chunk)
+            shares = (weights / counts)[row].float()  # (N,)
+            return chunked_loss(states, head, targets, objective, teachers, weights=shares, chunk=self.chunk)
 
         loss, parts = with_heads([self.student, *self.teachers], states, body)  # (N,), {name: (N,)}
-        row = real.nonzero()[:, 0]  # (N,)
-        counts = real.sum(-1).clamp(min=1)  # (B,)
 
         def mean(values: Tensor) -> Tensor:
             return values.new_zeros(len(real)).index_add(0, row, values) / counts

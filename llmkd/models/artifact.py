@@ -132,7 +132,9 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ModelError(f"{directory} has no tokenizer; save the tokenizer beside the model")
     load = AutoTokenizer.from_pretrained
-    tokenizer: PreTrainedTokenizerBase = _checked(directory, lambda: load(directory, local_files_only=True))
+    tokenizer: PreTrainedTokenizerBase = _checked(
+        directory, lambda: load(directory, local_files_only=True, trust_remote_code=False)
+    )
     return tokenizer
 
 
@@ -166,6 +168,7 @@ def _load_stored(
             device_map={"": device},
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,  # not None, which asks on the terminal
             output_loading_info=True,
         ),
     )
@@ -183,7 +186,10 @@ def _load_unpacked(
     )
 
     bits, offset = _format(directory, packing)
-    config = _checked(directory, lambda: AutoConfig.from_pretrained(directory, local_files_only=True))
+    config = _checked(
+        directory,
+        lambda: AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False),
+    )
     del config.quantization_config
     mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if type(config) not in mapping:

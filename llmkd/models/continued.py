@@ -40,6 +40,7 @@ def pretrain(
     Returns the training's history (see `llmkd.train.fit`).
     """
     import torch
+    from transformers import set_seed
 
     from llmkd.methods.cached import Cached
     from llmkd.methods.next_token import NextToken
@@ -53,7 +54,9 @@ def pretrain(
 
     def load(held: str) -> Any:
         if causal:
-            return load_causal_lm(source, load_in=held, attention=attention)
+            network = load_causal_lm(source, load_in=held, attention=attention)
+            set_seed(seed)  # an adapter is drawn next, alike on every rank
+            return network
         pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
         return load_classifier(source, labels, load_in=held, pad_id=pad, attention=attention, seed=seed)
 

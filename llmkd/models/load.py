@@ -16,6 +16,7 @@ from llmkd.models.lora import NEW, head_modules
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+UNLOADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -171,14 +172,22 @@ def _weights(load_in: str, whole: Sequence[str] = ()) -> dict[str, Any]:
 
 def from_hub(auto: Any, source: str, **arguments: Any) -> Any:
     """`auto.from_pretrained` with a one-line error; only safetensors are read, no remote code is run."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
     register_nets()
     kind = auto.__name__
     if "Model" in kind:
         arguments["use_safetensors"] = True
+    if Path(source).is_absolute() and not Path(source).is_dir():
+        raise ModelError(f"{source}: no such directory; name one that holds a saved model, or a hub id")
     try:
-        return auto.from_pretrained(source, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        # Not None, which asks on the terminal whether to run a repository's code.
+        return auto.from_pretrained(source, trust_remote_code=False, **arguments)
+    except (*UNLOADABLE, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its weights' sizes, or its number of labels, are not its config's or this run's"
         raise ModelError(f"{source}: {kind} cannot load it: {reason}") from error
 
 

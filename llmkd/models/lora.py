@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkd import ranks
+from llmkd.models.lora_linear import fuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +59,7 @@ def add_lora(
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    fuse(adapted)
     return adapted
 
 

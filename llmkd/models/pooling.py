@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkd.models.gemma2 import tune
+
 
 def last_real_token(attention_mask: Tensor) -> Tensor:
     """Position of each row's last token that is not padding. (B, L) -> (B,)
@@ -63,6 +65,7 @@ def is_decoder(model: nn.Module) -> bool:
 def backbone(model: nn.Module) -> Any:
     """What lies between a classifier's inputs and its head."""
     inner = unwrapped(model)
+    tune(inner)
     return getattr(inner, inner.base_model_prefix)
 
 

@@ -6,12 +6,14 @@ A row's targets are the tokens that are to be predicted: all but the first, or o
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmkd.batches import Examples, Rows, token_examples
 from llmkd.errors import ConfigError, DataError
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+PRIVATE = range(0xE000, 0xF900)  # code points that stand for nothing
 Chat = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "..."}, ...]
 
 FIELDS: tuple[str, ...] = ("text",)  # of a prepared table, where a chat is its JSON
@@ -50,8 +53,12 @@ def read_texts(source: str, column: str = "text") -> list[str]:
         return texts(*arena_numbers(source))
     if source.endswith(".txt"):
         if not Path(source).is_file():
-            raise DataError(f"{source}: no such file")
-        return [line for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
+            raise DataError(f"{source}: no such file: correct the path")
+        try:
+            text = Path(source).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
+        return [line for line in text.splitlines() if line.strip()]
     return [text for text in _column(source, column, "text") if text and text.strip()]
 
 
@@ -67,7 +74,7 @@ def as_chats(values: Sequence[Any], where: str = "row {row}") -> list[Chat]:
         try:
             chat = json.loads(value) if isinstance(value, str) else value
             chats.append([{"role": str(turn["role"]), "content": str(turn["content"])} for turn in chat])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise DataError(f"{where.format(row=row)} is no list of role and content") from None
     return chats
 
@@ -106,6 +113,7 @@ def shared_vocabulary(
 def block_examples(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block: int) -> Examples:
     """Blocks of `block` tokens over all documents, each opened by its special tokens and closed by eos.
 
+    A block's tokens all see those before them, of other documents too: the usual way of pretraining.
     A row's weight is its number of targets, so that a step's mean is one over tokens.
     """
     flat = np.fromiter((token for ids in _documents(texts, tokenizer) for token in ids), dtype=np.int32)
@@ -119,6 +127,68 @@ def block_examples(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, blo
     labels = np.full(len(lengths), -1, dtype=np.int64)
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     return token_examples(ids, flat, offsets, labels, pad, weights=(lengths - 1).astype(np.float64))
+
+
+def packed_examples(
+    texts: Sequence[str], folds: Sequence[int], tokenizer: PreTrainedTokenizerBase, block: int
+) -> tuple[Examples, dict[str, int]]:
+    """Blocks of `block` tokens over one fold's documents, which do not see one another in them.
+
+    Each document, or piece of one that a block's end cuts in two, counts its positions from 0: by them a
+    model's attention keeps to it, so that its logits are those of the piece alone. A piece's first token is
+    no target. Padding is a piece of its own. folds: each text's; `fold_of` tells a block's.
+    Returns rows and counts {"rows", "cut", "without_targets"}: blocks, documents cut in two, blocks left out.
+    """
+    tokens, starts, names, cut, idle = [], [], [], 0, 0
+    for fold in sorted(set(folds)):
+        chosen = [text for text, own in zip(texts, folds, strict=True) if own == fold]
+        documents = list(_documents(chosen, tokenizer))
+        flat = np.fromiter((token for ids in documents for token in ids), dtype=np.int32)
+        begins = np.zeros(len(flat) + 1, dtype=bool)  # a piece's first token; the last is nobody's
+        begins[np.cumsum([0, *map(len, documents)])] = True
+        cut += int((~begins[:-1:block]).sum())
+        begins[::block] = True
+        for at in range(0, len(flat), block):
+            piece = slice(at, min(at + block, len(flat)))
+            if begins[piece].all():
+                idle += 1
+                continue
+            tokens.append(flat[piece])
+            starts.append(begins[piece])
+            names.append(f"block-{fold}-{at // block:07d}")
+    if not tokens:
+        raise DataError(f"{len(texts)} texts have no token to predict; raise max_tokens or mend the text")
+    offsets = np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+    weights = np.array([(~begins).sum() for begins in starts], dtype=np.float64)
+    labels, pad = np.full(len(tokens), -1, dtype=np.int64), int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    examples = token_examples(names, np.concatenate(tokens), offsets, labels, pad, weights)
+    flat_starts = np.concatenate(starts)
+    counts = {"rows": len(tokens), "cut": cut, "without_targets": idle}
+    beside = {"targets": _targets(~flat_starts, offsets)}
+    return replace(examples, inputs=_with_positions(examples, flat_starts, offsets), beside=beside), counts
+
+
+def fold_of(block: str) -> int:
+    """The fold of a block of `packed_examples`, by its id."""
+    return int(block.removeprefix("block-").rpartition("-")[0])
+
+
+def _with_positions(examples: Examples, starts: NDArray[np.bool_], offsets: NDArray[np.int64]) -> Any:
+    """The examples' inputs with position_ids (B, L), which begin anew at each of `starts` and at padding."""
+    import torch
+
+    def inputs(rows: Rows) -> dict[str, Tensor]:
+        found = examples.inputs(rows)
+        begins = np.zeros(found["input_ids"].shape, dtype=bool)  # (B, L)
+        for i, row in enumerate(rows):
+            length = offsets[row + 1] - offsets[row]
+            begins[i, :length] = starts[offsets[row] : offsets[row + 1]]
+            begins[i, length : length + 1] = True
+        places = np.arange(begins.shape[1])
+        positions = places - np.maximum.accumulate(np.where(begins, places, 0), axis=1)
+        return {**found, "position_ids": torch.from_numpy(positions)}
+
+    return inputs
 
 
 def text_examples(
@@ -157,15 +227,45 @@ def chat_examples(
 def _chat(
     chat: Chat, name: str, tokenizer: PreTrainedTokenizerBase, masked: bool
 ) -> tuple[list[int], list[bool]]:
-    """Token ids and which are targets. Pieces are tokenized apart: a prompt is when it is answered, too."""
+    """Token ids and which are targets. Pieces are tokenized apart: a prompt is when it is answered, too.
+
+    A special token inside a turn, such as the mark that ends one, is text: nobody can write another's turn.
+    """
+    chat, said, mark = _set_apart(chat, tokenizer)
     whole = _templated(tokenizer, chat)
     tokens: list[int] = []
     targets: list[bool] = []
     for text, target in _pieces(chat, name, tokenizer, whole) if masked else [(whole, True)]:
-        found = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        found = _encoded(text, said, mark, tokenizer)
         tokens += found
         targets += [target] * len(found)
     return tokens, targets
+
+
+def _set_apart(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[Chat, list[str], str]:
+    """The chat with a mark and a number for each special token that somebody wrote; these words; the mark."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    written = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+    everything = "".join(turn["role"] + turn["content"] for turn in chat)
+    mark = next(letter for letter in map(chr, PRIVATE) if letter not in everything)
+    said = sorted(set(written.findall(everything)))
+    numbered = {word: f"{mark}{number}{mark}" for number, word in enumerate(said)}
+
+    def apart(text: str) -> str:
+        return written.sub(lambda match: numbered[match[0]], text)
+
+    return [{key: apart(text) for key, text in turn.items()} for turn in chat], said, mark
+
+
+def _encoded(text: str, said: Sequence[str], mark: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids; what the template wrote may be special tokens, what `said` stands for is plain text."""
+    found: list[int] = []
+    for place, part in enumerate(re.split(f"{mark}([0-9]+){mark}", text)):
+        words, plain = (said[int(part)], True) if place % 2 else (part, False)
+        if words:
+            encoded = tokenizer(words, add_special_tokens=False, split_special_tokens=plain)
+            found += encoded["input_ids"]
+    return found
 
 
 def _pieces(
@@ -218,7 +318,7 @@ def _rows(
     return replace(examples, beside={"targets": _targets(np.concatenate(masks), offsets)}), counts
 
 
-def _targets(flat: np.ndarray[Any, np.dtype[np.bool_]], offsets: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+def _targets(flat: NDArray[np.bool_], offsets: NDArray[np.int64]) -> Any:
     import torch
 
     def of(rows: Rows) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ with special tokens split, so that a "[SEP]" or an end-of-turn mark inside a tex
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from string import Formatter
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llmkd import mapped
 from llmkd.errors import ConfigError, DataError
 from llmkd.tasks import KINDS
 
@@ -112,15 +113,18 @@ def trim(lengths: Mapping[str, int], budget: int, groups: Sequence[Sequence[str]
 def encode_rows(
     rows: pa.Table, encode: Encode, *, batch: int = 1024
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Token ids of all rows, flat int32, and offsets (N + 1,) int64: row i from offsets[i]."""
+    """Token ids of all rows, flat int32 and mapped from disk, and offsets (N + 1,) int64: row i from
+    offsets[i]."""
     texts = rows.select([field.name for field in rows.schema if _is_text(field.type)])
-    flat: list[npt.NDArray[np.int32]] = [np.empty(0, dtype=np.int32)]
     lengths: list[int] = [0]
-    for start in range(0, texts.num_rows, batch):
-        encoded = encode(texts.slice(start, batch).to_pylist())
-        lengths.extend(len(ids) for ids in encoded)
-        flat.append(np.fromiter((token for ids in encoded for token in ids), dtype=np.int32))
-    return np.concatenate(flat), np.cumsum(lengths, dtype=np.int64)
+
+    def parts() -> Iterator[npt.NDArray[np.int32]]:
+        for start in range(0, texts.num_rows, batch):
+            encoded = encode(texts.slice(start, batch).to_pylist())
+            lengths.extend(len(ids) for ids in encoded)
+            yield np.fromiter((token for ids in encoded for token in ids), dtype=np.int32)
+
+    return mapped.tokens(parts()), np.cumsum(lengths, dtype=np.int64)
 
 
 def _cut(template: str, texts: Sequence[str], computed: Sequence[str]) -> list[Piece]:

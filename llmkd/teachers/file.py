@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from llmkd.canonical import SWAPPED, numbered
 from llmkd.errors import CacheError, ConfigError, DataError
 from llmkd.sources import read as read_source
+from llmkd.tasks.image import BYTES
 
 EPSILON = 1e-6  # a probability below counts as this one: log 0 is no logit
 SUM = 0.02  # how far a row's probabilities may sum from 1: files round to two digits
@@ -106,11 +107,17 @@ def _check_columns(table: pa.Table, source: str, wanted: Sequence[str]) -> None:
         raise DataError(f"{source}: no column {', '.join(map(repr, missing))}: there are {has}")
 
 
+def _strings(column: pa.ChunkedArray, source: str, name: str) -> pa.ChunkedArray:
+    if pa.types.is_nested(column.type) or any(is_bytes(column.type) for is_bytes in BYTES):
+        raise DataError(f"{source}: {name!r} is {column.type}, not text or numbers: name another column")
+    return column.cast(pa.string())
+
+
 def _ids(column: pa.ChunkedArray, source: str, name: str) -> list[str]:
     if column.null_count:
         row = int(column.is_null().to_numpy().argmax())
         raise DataError(f"{source}: row {row} has no id in {name!r}: fill it")
-    ids: list[str] = column.cast(pa.string()).to_pylist()
+    ids: list[str] = _strings(column, source, name).to_pylist()
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         first = next(id for id in ids if id in seen or seen.add(id))  # type: ignore[func-returns-value]
@@ -144,7 +151,7 @@ def _finite(
     """Columns of numbers, or of strings that hold them, side by side, (N, columns)."""
     found = np.empty((len(ids), len(columns)))
     for at, (column, name) in enumerate(zip(columns, names, strict=True)):
-        texts = column.cast(pa.string())
+        texts = _strings(column, source, name)
         number = pc.match_substring_regex(texts, r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$")
         _refuse(
             ~pc.fill_null(number, False).to_numpy(zero_copy_only=False),
@@ -153,7 +160,8 @@ def _finite(
             f"{name!r} holds no finite number",
         )
         found[:, at] = pc.utf8_trim_whitespace(texts).cast(pa.float64()).to_numpy()
-        _refuse(~np.isfinite(found[:, at]), source, ids, f"{name!r} holds no finite number")
+        too_large = np.abs(found[:, at]) > np.finfo(np.float32).max
+        _refuse(too_large, source, ids, f"{name!r} holds no finite number")
     return found
 
 
@@ -185,7 +193,7 @@ def _verdicts(
     column: pa.ChunkedArray, source: str, ids: Sequence[str], name: str, known: Mapping[str, int]
 ) -> NDArray[np.int64]:
     """Class numbers, (N,)"""
-    texts = column.cast(pa.string())
+    texts = _strings(column, source, name)
     places = pc.index_in(texts, value_set=pa.array(list(known), pa.string()))
     unknown = pc.is_null(places).to_numpy()
     if unknown.any():

@@ -113,7 +113,13 @@ def fit_fold(
         callbacks = [lightgbm.record_evaluation(curve)]
         # a patience longer than the training still notes where the log loss was lowest
         callbacks.append(lightgbm.early_stopping(early_stopping or rounds + 1, verbose=False))
-    grown = lightgbm.train(settings, data, rounds, valid_sets=held, valid_names=["dev"], callbacks=callbacks)
+    try:
+        grown = lightgbm.train(
+            settings, data, rounds, valid_sets=held, valid_names=["dev"], callbacks=callbacks
+        )
+    except lightgbm.basic.LightGBMError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"params {dict(params)}: {reason}; see LightGBM's Parameters") from error
     losses = curve["dev"][metric] if held else []
     best = grown.best_iteration if held else rounds
     history = {

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from conftest import STAGES
 
-from llmkd import run, verify
+from llmkd import cli, run
 from llmkd.verify import units, verify_run
 
 # file -> (the first stage that reads it, a valid file of the same kind that was made from something else)
@@ -173,22 +173,18 @@ def test_a_logits_cache_that_says_something_else_than_its_manifest(copy: Path) -
     assert tiny.stage("03_distill", f"run={copy}") == 2
 
 
-def test_the_command_tells_of_each_problem_on_a_line(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["verify", str(copy)])
-    verify.main()
+def test_the_command_tells_of_each_problem_on_a_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["verify", str(copy)])
     assert capsys.readouterr().out == f"{copy}: 15 units, all whole\n"
     lose(copy / "04_merge" / "model" / "config.json", copy)
     flip(copy / "00_prepare" / "rows.parquet", copy)
     with pytest.raises(SystemExit, match=r"\A1\Z"):
-        verify.main()
+        cli.main(["verify", str(copy)])
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[:2] for line in lines] == [
         ["error", str(copy / "00_prepare" / "rows.parquet")],
         ["error", str(copy / "04_merge" / "model" / "config.json")],
     ]
-    monkeypatch.setattr("sys.argv", ["verify", str(copy / "nowhere")])
-    with pytest.raises(SystemExit, match=r"\A1\Z"):
-        verify.main()
+    with pytest.raises(SystemExit, match=r"\A2\Z"):
+        cli.main(["verify", str(copy / "nowhere")])
     assert "no finished unit here; name a run directory" in capsys.readouterr().err

@@ -4,6 +4,7 @@ and a full disk or a signal, which leave a run that goes on."""
 import ast
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,13 +39,17 @@ def test_no_source_unpickles_or_runs_what_it_reads(path: Path) -> None:
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in CALLS | LOADS, called
-            assert all(keyword.arg != "trust_remote_code" for keyword in node.keywords), called
+            trusts = [one.value for one in node.keywords if one.arg == "trust_remote_code"]
+            assert [ast.unparse(value) for value in trusts] in ([], ["False"]), called
 
 
-def test_a_model_whose_code_lies_beside_it_is_not_run(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_whose_code_lies_beside_it_is_not_run(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A checkpoint that names its own class, as remote code does."""
     import json
 
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     model = copy / "01_pretrain" / "llama" / "model"
     outside = copy.parent / "model"
     model.rename(outside)
@@ -56,6 +61,37 @@ def test_a_model_whose_code_lies_beside_it_is_not_run(copy: Path, capsys: pytest
     assert tiny.stage("06_evaluate", f"run={copy}", f"--artifact={outside}") == 2
     assert len(errors(capsys.readouterr().err)) == 1
     assert not (copy.parent / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["evil", "llama"])
+def test_no_code_beside_a_checkpoint_is_run_whoever_says_yes(
+    kind: str, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers asks on the terminal unless it is told no. A known model type has its own class."""
+    import json
+
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    model = copy / "01_pretrain" / "llama" / "model"
+    config = json.loads((model / "config.json").read_text())
+    own = {
+        name: f"evil.{name}" for name in ("AutoConfig", "AutoModelForSequenceClassification", "AutoTokenizer")
+    }
+    outside = Path(shutil.copytree(model, copy.parent / "model"))
+    (outside / "config.json").write_text(json.dumps({**config, "model_type": kind, "auto_map": own}))
+    ran = copy.parent / "ran"
+    (outside / "evil.py").write_text(f"open({str(ran)!r}, 'w')")
+    words = [f"run={copy}", "teachers.llama.init=null", f"teachers.llama.model={outside}", "--teacher=llama"]
+    before = tiny.snapshot(copy)
+    code = tiny.stage("02_teachers", *words, "--fold=0")
+    found = errors(capsys.readouterr().err)
+    assert not ran.exists()
+    if kind == "llama":
+        assert (code, found) == (0, [])
+    else:
+        assert code == 2
+        assert len(found) == 1
+        assert "code" in found[0]
+        assert tiny.snapshot(copy) == before
 
 
 @pytest.mark.parametrize(
@@ -128,10 +164,8 @@ def test_a_full_disk_leaves_a_run_that_goes_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import shutil
-
     whole = tiny.snapshot(copy)
-    shutil.rmtree(copy / stage)
+    shutil.rmtree(copy / ("02_teachers/qwen/fold1" if stage == "02_teachers" else stage))
     before = tiny.snapshot(copy)
     with monkeypatch.context() as patch:
         patch.setattr(where, no_space)
@@ -147,8 +181,6 @@ def test_a_full_disk_leaves_a_run_that_goes_on(
 
 def test_a_terminated_stage_says_how_to_go_on_and_is_gone_on_with(finished: Path, tmp_path: Path) -> None:
     """A real process: SIGTERM in a training of a thousand steps, then kill -9, then to the end."""
-    import shutil
-
     for stage in STAGES[:2]:
         shutil.copytree(finished / stage, tmp_path / stage)
     script = [sys.executable, str(tiny.ROOT / "stages" / "02_teachers.py"), "--config", str(tiny.CONFIG)]

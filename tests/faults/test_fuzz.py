@@ -1,15 +1,22 @@
 """Loaders of caches, manifests and checkpoints over damaged bytes: the project's own errors, or the truth."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from llmkd import checkpoint, logits, run
+from llmkd import checkpoint, digests, lock, logits, run, shards
 from llmkd.errors import CacheError, RunError
+from llmkd.methods.cached import Cached
+from llmkd.objective import HARD
+from llmkd.sparse import Layout
+from llmkd.train import fit
 
 IDS = [f"row{i}" for i in range(40)]
 LABELS = ["a", "b", "tie"]
@@ -101,3 +108,129 @@ def test_a_checkpoint_of_any_bytes_is_the_one_written_or_none(seed: int, tmp_pat
     whole = path.read_bytes()
     path.write_bytes(damaged(whole, np.random.default_rng(seed)))
     assert (checkpoint.read(tmp_path) is None) == (path.read_bytes() != whole)
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_a_cache_of_digests_of_any_bytes_hides_no_damage_and_makes_none(seed: int, unit: Path) -> None:
+    """It only saves reading: whole files stay whole, and a changed one is found, whatever it says."""
+    random = np.random.default_rng(seed)
+    (cache,) = (unit.parent.parent / ".verified").rglob("*.json")
+    files, whole, model = run.manifest(unit)["files"], cache.read_bytes(), unit / "model.bin"
+    weights = model.read_bytes()
+    try:
+        cache.write_bytes(damaged(whole, random))
+        assert digests.differing(unit, "02_teachers", files) == []
+        cache.write_bytes(damaged(cache.read_bytes(), random))
+        model.write_bytes(b"weightZ")
+        assert digests.differing(unit, "02_teachers", files) == ["model.bin"]
+    finally:
+        model.write_bytes(weights)
+        cache.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "data", [b"[]", b"null", b'{"model.bin": 7}', b'{"model.bin": [[], []]}', b"[" * 100_000, b"\xff\xfe"]
+)
+def test_a_cache_of_digests_of_any_shape_is_none(data: bytes, unit: Path) -> None:
+    (cache,) = (unit.parent.parent / ".verified").rglob("*.json")
+    cache.write_bytes(data)
+    assert digests.differing(unit, "02_teachers", run.manifest(unit)["files"]) == []
+
+
+HOLDER = b'{"pid": 1, "host": "here", "since": "now"}'
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_lock_s_words_of_any_bytes_are_told_or_left_out(seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "fold0.lock"
+    path.write_bytes(damaged(HOLDER, np.random.default_rng(seed)))
+    handle = os.open(path, os.O_RDONLY)
+    assert lock._holder(handle).startswith(("process ", "another process"))
+    os.close(handle)
+    with lock.held(tmp_path / "fold0"):  # nobody holds it: what it says does not count
+        assert json.loads(path.read_bytes())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("data", [b"[]", b"null", b"7", b"[" * 4096, b"{" * 4096, b"\0" * 64, b'{"pid": 1}'])
+def test_a_lock_s_words_of_any_shape_are_left_out(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.lock").write_bytes(data)
+    handle = os.open(tmp_path / "a.lock", os.O_RDONLY)
+    assert lock._holder(handle) == "another process"
+    os.close(handle)
+
+
+KEY = {"how": "topk", "k": 2, "vocab": 50, "bits": 8, "temperature": 1.0, "teacher": "t"}
+
+
+@pytest.fixture(scope="module")
+def shards_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards of five rows each."""
+    directory, random = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
+    width = Layout("topk", 2, 50, 8, 1.0).token_bytes
+    for index in range(2):
+        ids, packed = [f"row{index}{i}" for i in range(5)], random.integers(0, 40, (5, 3, width), np.uint8)
+        shards.write_shard(directory, index, ids, [*packed], np.arange(5, dtype=np.uint64), KEY)
+    shards.finish(directory, 2, KEY)
+    return directory
+
+
+def same_rows(found: shards.Cache, expected: shards.Cache) -> bool:
+    pairs = zip(found.rows(np.arange(10)), expected.rows(np.arange(10)), strict=True)
+    return all(one is two or bool((one == two).all()) for one, two in pairs)
+
+
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "manifest.json"])
+@pytest.mark.parametrize("seed", range(150))
+def test_a_cache_of_next_tokens_of_any_bytes_is_the_one_written_or_refused(
+    name: str, seed: int, shards_cache: Path, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(shards_cache, tmp_path / "cache"))
+    ids = [f"row{index}{i}" for index in range(2) for i in range(5)]
+    expected = shards.open_cache(shards_cache, ids, KEY)
+    path = directory / name
+    path.write_bytes(damaged(path.read_bytes(), np.random.default_rng(seed)))
+    try:
+        assert same_rows(shards.open_cache(directory, ids, KEY), expected)
+    except CacheError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", "shard-00001.json"])
+@pytest.mark.parametrize("seed", range(100))
+def test_a_shard_of_any_bytes_is_gone_on_with_as_written_or_not_at_all(
+    name: str, seed: int, shards_cache: Path, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(shards_cache, tmp_path / "cache"))
+    path = directory / name
+    whole = path.read_bytes()
+    path.write_bytes(damaged(whole, np.random.default_rng(seed)))
+    try:
+        stands = shards.shard_stands(directory, 1, [f"row1{i}" for i in range(5)], KEY)
+    except CacheError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        return
+    assert not stands or path.read_bytes() == whole or name.endswith(".json")
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_whole_training_s_state_of_any_bytes_is_the_one_written_or_none(
+    seed: int, trained: tuple[Path, bytes]
+) -> None:
+    """All that a real training keeps: optimizer, generators, schedule, the best state so far."""
+    path, whole = trained
+    path.write_bytes(damaged(whole, np.random.default_rng(seed)))
+    try:
+        assert (checkpoint.read(path.parent) is None) == (path.read_bytes() != whole)
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    directory = tmp_path_factory.mktemp("training")
+    method = Cached(tiny.classifier(), HARD)
+    more = {"checkpoints": directory / "checkpoint", "checkpoint_minutes": 0, "dev": np.arange(20, 24)}
+    batching = {"batch_rows": 10, "batch_tokens": 200}
+    fit(method, tiny.examples(), np.arange(20), tiny.training(directory), **batching, **more)
+    (path,) = (directory / "checkpoint").iterdir()
+    return path, path.read_bytes()

@@ -143,6 +143,17 @@ def test_an_optimizer_of_the_other_kind_is_not_gone_on_with(
         train("cached", tmp_path, tmp_path / "checkpoint")
 
 
+def test_another_training_s_checkpoint_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill(3, monkeypatch, train, "cached", tmp_path, tmp_path / "checkpoint")
+    for other in ("mutual", "counting"):
+        with pytest.raises(
+            ModelError, match=r"checkpoint: another training's .* differs\); remove .* anew\Z"
+        ):
+            train(other, tmp_path, tmp_path / "checkpoint")
+
+
 def test_a_whole_training_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, expected = train("cached", tmp_path, tmp_path / "checkpoint")
 

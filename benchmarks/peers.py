@@ -1,0 +1,99 @@
+"""What one would write without llmkd: a loop in plain PyTorch, and the stock Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def recipe_loss(logits: torch.Tensor, labels: torch.Tensor, teachers: torch.Tensor) -> torch.Tensor:
+    """(CE + Σ KL + Σ cosine) / 5 as the reference recipe writes it; a mean over the batch."""
+    from torch.nn.functional import cosine_embedding_loss, cross_entropy, kl_div
+
+    logits = logits.float()
+    loss = cross_entropy(logits, labels)
+    for teacher in teachers.unbind(1):  # (B, C)
+        loss = loss + kl_div(logits.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+        one = torch.ones(len(logits), device=logits.device)
+        loss = loss + cosine_embedding_loss(logits.softmax(-1), teacher.softmax(-1), one)
+    return loss / (1 + 2 * teachers.shape[1])
+
+
+def plain(model: nn.Module, data: Any, asked: argparse.Namespace, micro: int) -> float:
+    from llmkd.models.pooling import autocast
+
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=asked.lr, betas=(0.9, 0.95), weight_decay=0)
+    steps = math.ceil(len(data.ids) / asked.step_rows)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order, total = np.random.default_rng(3).permutation(len(data.ids)), 0.0
+    model.train()
+    for begin in range(0, len(order), asked.step_rows):
+        step = order[begin : begin + asked.step_rows]
+        for at in range(0, len(step), micro):
+            rows = step[at : at + micro]
+            teachers, labels = (
+                torch.from_numpy(data.teacher_logits[rows]),
+                torch.from_numpy(data.labels[rows]),
+            )
+            with autocast(asked.precision, "cpu"):
+                logits = model(**data.inputs(rows)).logits
+            loss = recipe_loss(logits, labels, teachers)
+            (loss * len(rows) / len(step)).backward()
+            total += loss.item() * len(rows)
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return total / len(order)
+
+
+def stock(model: nn.Module, data: Any, asked: argparse.Namespace, micro: int) -> float:
+    """As its documentation shows it. Returns the mean loss of all rows."""
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    from llmkd.models.load import train_tokenizer
+
+    total = []
+
+    class Distilling(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **more: Any) -> torch.Tensor:
+            labels, teachers = inputs.pop("labels"), inputs.pop("teacher_logits")
+            loss: torch.Tensor = recipe_loss(model(**inputs).logits, labels, teachers)
+            total.append((loss.item(), len(labels)))
+            return loss
+
+    rows = [
+        {
+            "input_ids": data.inputs(torch.tensor([row]).numpy())["input_ids"][0].tolist(),
+            "label": int(data.labels[row]),
+            "teacher_logits": data.teacher_logits[row].tolist(),
+        }
+        for row in range(len(data.ids))
+    ]
+    with tempfile.TemporaryDirectory() as directory:
+        training = TrainingArguments(
+            directory,
+            num_train_epochs=1,
+            learning_rate=asked.lr,
+            lr_scheduler_type="cosine",
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=asked.step_rows // micro,
+            adam_beta2=0.95,
+            bf16=asked.precision == "bf16",
+            use_cpu=True,
+            remove_unused_columns=False,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_steps=1,
+        )
+        collator = DataCollatorWithPadding(train_tokenizer(["any words will do"], 300))
+        Distilling(model=model, args=training, train_dataset=rows, data_collator=collator).train()
+    return sum(loss * count for loss, count in total) / sum(count for _, count in total)

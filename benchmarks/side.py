@@ -1,0 +1,148 @@
+"""What the benchmarks share: two ways measured in turn, the machine in words, one table row a comparison."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # libraries' notices have no place in a table
+os.environ.setdefault("TQDM_DISABLE", "1")
+Found = dict[str, list[dict[str, Any]]]  # what each way measured, round by round
+
+
+@dataclass
+class Row:
+    """One comparison: the ratio of each round, so that what slows the whole machine cancels out."""
+
+    what: str
+    against: str
+    ratios: list[float]
+    goal: str  # such as ">= 3"
+    ours: str
+    theirs: str
+    note: str = ""
+    command: str = field(default_factory=lambda: " ".join(["python", *sys.argv]))
+
+    @property
+    def met(self) -> bool:
+        sign, value = self.goal.split()
+        return median(self.ratios) >= float(value) if sign == ">=" else median(self.ratios) <= float(value)
+
+    def line(self) -> str:
+        low, high = min(self.ratios), max(self.ratios)
+        cells = [self.what, self.against, self.ours, self.theirs, f"{median(self.ratios):.2f}"]
+        cells += [f"{low:.2f} to {high:.2f}", f"{self.goal}: {'yes' if self.met else 'no'}", self.note]
+        return "| " + " | ".join(cells) + " |"
+
+
+HEAD = "| what | against | ours | theirs | ratio | rounds | goal | the same work |\n" + "|---" * 8 + "|"
+
+
+def parser(doc: str | None, rounds: int = 3) -> argparse.ArgumentParser:
+    assert doc
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--rounds", type=int, default=rounds)
+    found.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)))
+    found.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: this process's own seconds, on a busy machine",
+    )
+    found.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs, and nothing else")
+    found.add_argument("--rows", type=Path, help="append the table's rows to this file, as JSON")
+    found.add_argument("--way", help=argparse.SUPPRESS)  # measure this one, in this process
+    return found
+
+
+def clock(asked: argparse.Namespace) -> float:
+    """Seconds, of the wall or of this process's own work."""
+    return time.process_time() if asked.clock == "cpu" else time.perf_counter()
+
+
+def in_turn(ways: Mapping[str, Callable[[], dict[str, Any]]], rounds: int) -> Found:
+    """A B A B ...: what disturbs the machine for a while meets all ways alike."""
+    found: Found = {way: [] for way in ways}
+    for number in range(rounds):
+        for way, measure in ways.items():
+            found[way].append(measure())
+            print(f"  round {number + 1}, {way}: {shown(found[way][-1])}", flush=True)
+    return found
+
+
+def shown(measured: Mapping[str, Any]) -> str:
+    parts = (f"{value:.5g}" if isinstance(value, float) else str(value) for value in measured.values())
+    return ", ".join(f"{name} {part}" for name, part in zip(measured, parts, strict=True))
+
+
+def alone(way: str) -> Callable[[], dict[str, Any]]:
+    """This benchmark's own command in a process of its own, so that no way finds another's memory."""
+
+    def measure() -> dict[str, Any]:
+        command = [sys.executable, *sys.argv, "--way", way]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{way} failed:\n{done.stderr[-3000:]}")
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    return measure
+
+
+def ratios(found: Found, over: str, under: str, name: str) -> list[float]:
+    """Round by round: what `over` measured of `name`, by what `under` did."""
+    return [a[name] / b[name] for a, b in zip(found[over], found[under], strict=True)]
+
+
+def middle(found: Found, way: str, name: str) -> float:
+    return float(median(one[name] for one in found[way]))
+
+
+def compare(asked: argparse.Namespace, measure: Callable[[], list[Row]]) -> list[Row]:
+    """Run `measure` and print its table, the machine, and whether it was busy."""
+    before = os.getloadavg()[0]
+    began = time.time()
+    print(machine(asked.threads), flush=True)
+    rows = measure()
+    after = os.getloadavg()[0]
+    print(f"\n{HEAD}")
+    print(*(row.line() for row in rows), sep="\n")
+    state = f"{asked.clock} clock, load {before:.1f} before, {after:.1f} after, {time.time() - began:.0f} s"
+    busy = max(before, after - asked.threads) > 0.5
+    print(f"{state}; {'BUSY: other work shared the machine' if busy else 'quiet'}", flush=True)
+    if asked.quick:
+        print("toy sizes: these ratios mean nothing")
+    if asked.rows:
+        more = {"busy": busy, "clock": asked.clock, "machine": machine(asked.threads)}
+        with asked.rows.open("a") as file:
+            file.writelines(json.dumps({**asdict(row), **more}) + "\n" for row in rows)
+    return rows
+
+
+def machine(threads: int) -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    able = " ".join(line for line in lines if line.startswith("flags"))
+    kinds = [kind for kind in ("avx512_bf16", "amx_bf16") if kind in able]
+    kind = f"{names[0] if names else platform.machine()} ({', '.join(kinds) or 'no bf16 arithmetic'})"
+    return f"{os.cpu_count()} cores, {kind}, {threads} thread{'s' * (threads > 1)} a side, CPU only"
+
+
+def reset_peak() -> float:
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> float:
+    """Most memory this process has held since it was reset, MB (VmHWM, Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024

@@ -1,0 +1,122 @@
+"""Distilling a classifier from two teachers' cached logits: rows a second, ours against what one would write.
+
+    python benchmarks/training.py [--data prefs.parquet] [--rounds 3] [--peers plain2 plain8 trainer]
+
+A Gemma2 of 25M parameters with LoRA (r 64), bf16, steps of 64 rows, (CE + 2 KL + 2 cosine) / 5, AdamW.
+Every way trains the same rows once, from the same weights. plain2, plain8: the reference recipe's loop in
+plain PyTorch and peft, random batches of 2 or 8 padded to their longest row, accumulated to a step.
+trainer: the stock Hugging Face Trainer, DataCollatorWithPadding, batches of 8, with that loss. Ours:
+llmkd.train.fit with llmkd.methods.cached, as stage 03 calls it. With --data, the file's texts in the tokens
+of a tokenizer trained on them. The rows are whole steps of an epoch over the whole file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peers import plain, stock
+from side import Row, clock, compare, in_turn, middle, parser, ratios
+from student import SIZES, TOY, classifier, examples, lengths_in_words, our_lora, plain_lora, token_rows
+from torch import nn
+
+GOALS = {"plain2": ">= 3", "plain8": ">= 2", "trainer": ">= 2"}
+NAMES = {
+    "plain2": "plain loop, batches of 2",
+    "plain8": "plain loop, batches of 8",
+    "trainer": "HF Trainer, 8",
+}
+
+
+def main() -> None:
+    found = parser(__doc__)
+    found.add_argument("--data", type=Path)
+    for name, default in {"steps": 3, "step-rows": 64, "max-tokens": 1024, "batch-tokens": 4096}.items():
+        found.add_argument(f"--{name}", type=int, default=default)
+    found.add_argument("--lr", type=float, default=5e-5)
+    found.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    found.add_argument("--peers", nargs="*", default=list(NAMES), choices=list(NAMES))
+    asked = found.parse_args()
+    if asked.quick:
+        asked.steps, asked.step_rows, asked.max_tokens, asked.rounds = 2, 16, 48, 1
+    torch.set_num_threads(asked.threads)
+    compare(asked, lambda: measure(asked))
+
+
+def measure(asked: argparse.Namespace) -> list[Row]:
+    from llmkd.batches import epoch_steps
+
+    sizes = TOY if asked.quick else SIZES
+    every = token_rows(asked.data, asked.max_tokens, sizes["vocab_size"], 200 if asked.quick else 8192)
+    lengths = np.asarray([len(row) for row in every])
+    epoch = epoch_steps(np.arange(len(every)), lengths, asked.step_rows, asked.batch_tokens, 0, 0)
+    data = examples([every[row] for step in epoch[: asked.steps] for micro in step for row in micro])
+    print(
+        f"{asked.data.parent.name if asked.data else 'made up'}: {lengths_in_words(lengths)}; "
+        f"trained on: {lengths_in_words(data.lengths)}"
+    )
+    base = classifier(sizes, asked.precision)
+    theirs, ours = plain_lora(base), our_lora(classifier(sizes, asked.precision))
+    print(f"{sum(p.numel() for p in base.parameters()) / 1e6:.1f}M parameters, adapter included")
+    start = {name: value.detach().clone() for name, value in theirs.named_parameters() if value.requires_grad}
+    ways: dict[str, Any] = {"ours": partial(timed, fit_ours, ours, start, asked=asked)}
+    for peer in asked.peers:
+        train, micro = (stock, 8) if peer == "trainer" else (plain, int(peer[5:]))
+        ways[peer] = partial(timed, train, theirs, start, asked=asked, micro=micro)
+    few = replace(data, ids=data.ids[:8])
+    for peer in ["ours", *asked.peers]:  # every kernel and import once
+        ways[peer](few)
+    found = in_turn({name: partial(way, data) for name, way in ways.items()}, asked.rounds)
+    return [row(found, peer, asked) for peer in asked.peers]
+
+
+def row(found: Any, peer: str, asked: argparse.Namespace) -> Row:
+    speed, theirs = middle(found, "ours", "rows_a_second"), middle(found, peer, "rows_a_second")
+    losses = [middle(found, way, "loss") for way in ("ours", peer)]
+    what = f"training, {asked.data.parent.name if asked.data else 'made-up'} lengths"
+    return Row(
+        what,
+        NAMES[peer],
+        ratios(found, "ours", peer, "rows_a_second"),
+        GOALS[peer],
+        f"{speed:.2f} rows/s",
+        f"{theirs:.2f} rows/s",
+        f"mean loss {losses[0]:.5f}, {losses[1]:.5f}",
+    )
+
+
+def timed(
+    train: Any, model: nn.Module, start: Any, data: Any, asked: argparse.Namespace, **more: Any
+) -> dict[str, float]:
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.requires_grad:
+                value.copy_(start[name])
+    began = clock(asked)
+    loss = train(model, data, asked, **more)
+    return {"rows_a_second": len(data.ids) / (clock(asked) - began), "loss": loss}
+
+
+def fit_ours(model: nn.Module, data: Any, asked: argparse.Namespace) -> float:
+    """The mean loss of all rows."""
+    from llmkd.methods.cached import Cached
+    from llmkd.objective import Objective
+    from llmkd.train import arguments, fit
+
+    objective = Objective({"ce": 1, "kl": 1, "cosine": 1}, ["one", "two"], [1.0, 1.0], [1.0, 1.0])
+    method, rows = Cached(model, objective, asked.precision), np.arange(len(data.ids))
+    with tempfile.TemporaryDirectory() as directory:
+        training = arguments(Path(directory), epochs=1, learning_rate=asked.lr)
+        batching = {"batch_rows": asked.step_rows, "batch_tokens": asked.batch_tokens}
+        history = fit(method, data, rows, training, **batching)
+    return float(np.mean([entry["loss"] for entry in history["loss"]]))
+
+
+if __name__ == "__main__":
+    main()

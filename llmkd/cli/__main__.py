@@ -1,0 +1,5 @@
+"""`python -m llmkd.cli`, as `llmkd`."""
+
+from llmkd.cli import main
+
+main()

@@ -1,0 +1,93 @@
+"""A frozen linear layer and its adapter as one operation: what peft computes, with fewer passes over memory.
+
+peft casts a layer's input to the adapter's float32, autocast casts it back, and base, adapter, scaling and
+sum are operations of their own, forward and backward. For narrow layers that costs as much as the products.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+ADAPTER = "default"  # peft's name of the only adapter
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x Wᵀ + c + s (d Aᵀ) Bᵀ, W and c frozen, d = x after dropout (Hu et al. 2021, arXiv 2106.09685)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (N, I)
+        seen = rows if dropped is None else dropped.reshape(rows.shape)  # (N, I)
+        narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)  # (r, I), (O, r)
+        low = seen @ narrow_a.T  # (N, r)
+        out = linear(rows, weight, bias).addmm_(low, narrow_b.T, alpha=scaling)  # (N, O)
+        ctx.save_for_backward(seen, weight, narrow_a, narrow_b, low)
+        ctx.scaling, ctx.shape, ctx.wide, ctx.alike = scaling, x.shape, a.dtype, dropped is None
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        seen, weight, a, b, low = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])  # (N, O)
+        grad_low = (grad @ b).mul_(ctx.scaling)  # (N, r)
+        grad_a = (grad_low.T @ seen).to(ctx.wide)
+        grad_b = (grad.T @ low).to(ctx.wide).mul_(ctx.scaling)
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight  # (N, I)
+            grad_x = (grad_x.addmm_(grad_low, a) if ctx.alike else grad_x).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            grad_dropped = (grad_low @ a).view(ctx.shape)
+        return grad_x, grad_dropped, None, None, grad_a, grad_b, None
+
+
+def fuse(model: nn.Module) -> None:
+    """Let every plain LoRA layer of a peft model compute as one operation where it can."""
+    from peft.tuners.lora import Linear
+
+    module: Any
+    for module in model.modules():
+        if type(module) is Linear and type(module.get_base_layer()) is nn.Linear and not module.lora_variant:
+            module.forward = partial(_forward, module)
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs or not _is_plain(layer, x):
+        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+    base, dropout = layer.base_layer, layer.lora_dropout[ADAPTER]
+    x = x.to(base.weight.dtype)
+    dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training else None
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return _LoraLinear.apply(x, dropped, base.weight, base.bias, a, b, layer.scaling[ADAPTER])  # type: ignore[no-any-return]
+
+
+def _is_plain(layer: Any, x: Tensor) -> bool:
+    """Whether the one adapter is on, and base and arithmetic are of one precision."""
+    if (
+        layer.active_adapters != [ADAPTER]
+        or ADAPTER not in layer.lora_A
+        or layer.disable_adapters
+        or layer.merged
+    ):
+        return False
+    weight, device = layer.base_layer.weight, x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    parts = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    # a hook wants its module called: ZeRO-3's, which gathers the weights by it, or one that looks on
+    hooked = any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
+    sharded = hasattr(weight, "ds_id")
+    return weight.dtype == dtype and not (weight.requires_grad or hooked or sharded)

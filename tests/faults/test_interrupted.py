@@ -1,0 +1,172 @@
+"""Units that are cut off between trainings: in a capture of logits, a merge, a quantization.
+
+What is whole is kept, what is half is made anew, and the unit ends as the one that nothing disturbed.
+"""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bad_files as bad
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from conftest import STAGES
+
+from llmkd import capture, checkpoint, resume, run
+from llmkd.verify import verify_run
+
+TEXTS = """
+run: {root}/run
+seed: 3
+precision: fp32
+task: {{kind: causal_lm, train: "{root}/train.jsonl", max_tokens: 32}}
+folds: {{count: 1}}
+teachers:
+  - name: big
+    init: &init
+      architecture: llama
+      config: {{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}}
+student: {{name: small, init: *init}}
+distill: {{method: sequence}}
+"""
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing after it runs but what ends with the process."""
+
+
+def begun(finished: Path, directory: Path, stage: str) -> Path:
+    """A copy of the run up to a stage."""
+    for earlier in STAGES[: STAGES.index(stage)]:
+        shutil.copytree(finished / earlier, directory / earlier)
+    return directory
+
+
+def killed(stage: str, *words: str) -> None:
+    with pytest.raises(Killed):
+        tiny.stage(stage, *words)
+
+
+def test_a_capture_of_logits_asks_only_for_the_rest_and_trains_nothing_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A classifier's: its training is whole by then; what was found is saved by the minute."""
+    directory = begun(finished, tmp_path, "02_teachers")
+    words = [f"run={directory}", "--teacher=qwen", "--fold=1", "teachers.qwen.batch_tokens=500"]
+    keeping, write = resume.keeping, checkpoint.write
+    known: list[int] = []
+
+    def at_once(keep: Path | None, minutes: float) -> Any:
+        found, save = keeping(keep, 0)
+        known.append(len(found))
+        return found, save
+
+    def dying(at: Path, step: int, *rest: Any) -> None:
+        write(at, step, *rest)
+        if "in_sample" in str(at) and step > 20:
+            raise Killed
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("llmkd.train.keeping", at_once)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", dying)
+        killed("02_teachers", *words)
+    assert not (directory / "02_teachers" / "qwen" / "fold1").exists()
+    known.clear()
+    monkeypatch.setattr("llmkd.steps.StepTrainer.train", refuse)
+    assert tiny.stage("02_teachers", *words) == 0
+    unit = directory / "02_teachers" / "qwen" / "fold1"
+    rows = run.manifest(unit)["rows"]
+    oof, in_sample, test = known[-3:]
+    assert (oof, test) == (rows["oof"], 0), "one view was whole, one not begun"
+    assert 20 < in_sample < rows["in_sample"]
+    assert verify_run(directory) == []
+    same_logits(unit, finished / "02_teachers" / "qwen" / "fold1")
+
+
+def same_logits(one: Path, two: Path) -> None:
+    found = []
+    for unit in (one, two):
+        rows = pq.read_table(unit / "logits.parquet").to_pylist()
+        assert len({(row["view"], row["id"]) for row in rows}) == len(rows)
+        found.append({(row["view"], row["id"]): row["logits"] for row in rows})
+    assert found[0].keys() == found[1].keys()
+    for key, values in found[0].items():
+        np.testing.assert_allclose(values, found[1][key], atol=1e-5)
+
+
+def test_a_capture_of_next_tokens_keeps_its_finished_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A language model's: the shard that was cut off is made anew, those before it are not."""
+    words = [f"row {i} of some words that are to be read {i * i}" for i in range(40)]
+    bad.raw("train.jsonl", "\n".join(bad.json_lines({"text": words})))(tmp_path, tmp_path)
+    config = tmp_path / "lm.yaml"
+    config.write_text(TEXTS.format(root=tmp_path))
+    for stage in STAGES[:2]:
+        assert tiny.stage(stage, config=config) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "undisturbed")
+    monkeypatch.setattr(capture, "cache_teacher", partial(capture.cache_teacher, shard_tokens=150))
+    assert tiny.stage("02_teachers", f"run={tmp_path / 'undisturbed'}", config=config) == 0
+    write, made = capture.write_shard, list[int]()
+
+    def dying(at: Path, index: int, *rest: Any) -> None:
+        if index == 2:
+            raise Killed
+        made.append(index)
+        write(at, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "write_shard", dying)
+        with pytest.raises(Killed):
+            tiny.stage("02_teachers", config=config)
+    assert made == [0, 1]
+    made.clear()
+
+    def counting(at: Path, index: int, *rest: Any) -> None:
+        made.append(index)
+        write(at, index, *rest)
+
+    monkeypatch.setattr(capture, "write_shard", counting)
+    assert tiny.stage("02_teachers", config=config) == 0
+    assert made == list(range(2, made[-1] + 1))
+    units = [tmp_path / name / "02_teachers" / "big" / "fold0" for name in ("run", "undisturbed")]
+    assert run.told(run.manifest(units[0])) == run.told(run.manifest(units[1])), "byte by byte"
+
+
+@pytest.mark.parametrize(
+    ("stage", "where"),
+    [
+        ("04_merge", "llmkd.merge.merge_folds"),
+        ("05_quantize", "llmkd.quantize.quantize_gptq"),
+        ("05_quantize", "llmkd.card.write_card"),
+    ],
+)
+def test_a_merge_or_quantization_that_was_cut_off_begins_anew(
+    stage: str, where: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its weights are written, and after; what it left is in the way of nothing and goes."""
+    directory = begun(finished, tmp_path, stage)
+    before = tiny.snapshot(directory)
+
+    def dying(*args: Any, **kwargs: Any) -> None:
+        half = directory / f"{stage}.partial" / "model"
+        half.mkdir(exist_ok=True)
+        (half / "half.safetensors").write_bytes(b"half")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, dying)
+        killed(stage, f"run={directory}")
+    assert (directory / f"{stage}.partial" / "model" / "half.safetensors").exists()
+    assert not (directory / stage).exists()
+    assert tiny.snapshot(directory) == before
+    assert tiny.stage(stage, f"run={directory}") == 0
+    assert run.told(run.manifest(directory / stage)) == run.told(run.manifest(finished / stage))
+    assert not list(directory.rglob("*half*"))
+    assert not list(directory.rglob("*.partial"))

@@ -1,0 +1,92 @@
+"""Each benchmark runs at toy size, and both its sides did the same work. No times are looked at."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A benchmark as a module, with the command line given."""
+
+    def module(name: str, *arguments: str) -> ModuleType:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / f"{name}.py"), "--quick", *arguments])
+        return importlib.import_module(name)
+
+    return module
+
+
+def measured(load: Any, name: str, rows: Path, *arguments: str) -> list[dict[str, Any]]:
+    load(name, "--rows", str(rows), *arguments).main()
+    return [json.loads(line) for line in rows.read_text().splitlines()]
+
+
+def sides(note: str) -> tuple[float, float]:
+    """The two figures of a note such as "mean loss 0.5, 0.5"."""
+    one, two = note.rpartition(",")[0].split()[-1], note.split()[-1]
+    return float(one), float(two)
+
+
+def test_training_sides_have_the_same_loss(load: Any, tmp_path: Path) -> None:
+    rows = measured(load, "training", tmp_path / "rows", "--precision", "fp32", "--lr", "0")
+    assert [row["against"] for row in rows] == list(load("training").NAMES.values())
+    for row in rows:
+        ours, theirs = sides(row["note"])
+        assert ours == pytest.approx(theirs, abs=2e-5)
+        assert len(row["ratios"]) == 1
+
+
+def test_teacher_logits_counts_a_quarter_of_the_forwards_and_one_load(load: Any, tmp_path: Path) -> None:
+    rows = {row["what"]: row for row in measured(load, "teacher_logits", tmp_path / "rows")}
+    assert rows["cache of 5 folds, views oof: forwards"]["ratios"] == [0.25]
+    assert rows["cache of 5 folds, views both: forwards"]["ratios"] == [1.25]
+    assert rows["cache of 5 folds, views oof: loads"]["ours"] == "1 loads"
+    ours, theirs = sides(rows["cache of 5 folds, views oof: seconds"]["note"])
+    assert ours == pytest.approx(theirs, rel=2e-2)  # bf16
+
+
+def test_roof_counts_the_operations_that_run(load: Any) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    roof = load("roof")
+    student = importlib.import_module("student")
+    data = student.examples([np.full(20, 5), np.full(20, 7)])
+    model = student.plain_lora(student.classifier(student.TOY, "fp32")).train()
+    with FlopCounterMode(display=False) as counter:
+        model(**data.inputs(np.arange(2))).logits.sum().backward()
+    head = 2 * 40 * 32 * 3 * 3  # applied to all 40 tokens by transformers, forward and twice backward
+    needed = roof.operations(student.TOY, student.LORA["r"], data.lengths, causal=False)
+    assert counter.get_total_flops() == needed + head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["roof", "inference", "quantization", "growth", "overhead"])
+def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--rows", str(tmp_path / "rows")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert rows
+    assert all(np.isfinite(row["ratios"]).all() for row in rows)
+    if name in ("inference", "quantization"):
+        for row in rows:
+            ours, theirs = sides(row["note"])
+            assert ours == pytest.approx(theirs, abs=2e-2)
+
+
+def test_a_ratio_meets_its_goal_or_not(load: Any) -> None:
+    row = load("side").Row
+    assert row("x", "y", [2.9, 3.1, 3.2], ">= 3", "", "").met
+    assert not row("x", "y", [2.9, 2.9, 3.2], ">= 3", "", "").met
+    assert row("x", "y", [0.2, 0.3], "<= 0.25", "", "").met
+    assert not row("x", "y", [0.2, 0.4], "<= 0.25", "", "").met

@@ -1,0 +1,255 @@
+"""Every command in README.md and docs/ is run, or held against what would run it.
+
+A block after `<!-- run -->` is run, page by page in one directory (slow: `make docs-check`); of all others
+each command's script, flags, config, overrides and targets must be there. Links and messages are checked too.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+
+from llmkd import cli
+from llmkd.cli.run import chosen
+from llmkd.config import load
+from llmkd.errors import ConfigError
+from llmkd.stage import parse
+
+PAGES = [tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- run -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
+QUOTED = re.compile(r"\*\*`(.+?)`\*\*", re.DOTALL)  # a message
+PROGRAMS = ("make", "python", "llmkd", "torchrun", "deepspeed")
+OTHERS = {  # programs that are not ours, and how they are called
+    "pip": r"install (wandb|mlflow|tensorboard)",
+    "wandb": r"login|sync .*",
+    "mlflow": r"ui --backend-store-uri sqlite:///.*",
+    "tensorboard": r"--logdir \S+",
+    "scontrol": r"show hostnames .*",
+    "ls": r"runs/demo",
+    "head": r"-n 1\)",
+    "cat": r"\S+",
+    "printf": r".*",
+    "python": r"-?",
+}
+STAND_INS = ("messages.yaml", "reviews.yaml", "answers.yaml", "CONFIG", "my.yaml")  # a reader's own
+ASSIGNED = re.compile(r"[A-Z][A-Z0-9_]*=")
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The commands of a page, as words: of shell blocks, of `$` lines, of inline code; but for those that are
+    shown to fail."""
+    for _, language, block in BLOCK.findall(text):
+        if language in ("bash", "sh"):
+            yield from parted(block)
+        elif language in ("console", ""):
+            lines = re.findall(r"^\$ (.*)$(?!\nerror: )", block, re.MULTILINE)
+            if not language:
+                lines += re.findall(
+                    rf"^((?:{'|'.join(PROGRAMS)}) .*)$", block.replace("\\\n", " "), re.MULTILINE
+                )
+            for line in lines:
+                yield from parted(line)
+    for line in re.findall(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`", QUOTED.sub("", BLOCK.sub("", text))):
+        yield from parted(" ".join(line.split()))
+
+
+def parted(block: str) -> Iterator[list[str]]:
+    block = re.sub(r"<<'?(\w+)'?.*?\n\1$", "", block, flags=re.DOTALL | re.MULTILINE)  # here-documents
+    for line in block.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&<>")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in lexer:
+            if set(word) & set("<>") and set(word) <= set("<>&"):
+                next(lexer)  # a file
+            elif set(word) <= set(";|&"):
+                yield from [words] if words else []
+                words = []
+            else:
+                words.append(word)
+        yield from [words] if words else []
+
+
+ALL = [
+    pytest.param(words, id=f"{page.name}: {' '.join(words)[:70]}")
+    for page in PAGES
+    for words in commands(page.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize("words", ALL)
+def test_a_command_would_be_understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny.ROOT)  # paths in a config are relative to where a stage is started
+    understood(words)
+
+
+def understood(words: list[str]) -> None:
+    while ASSIGNED.match(words[0]):
+        words = words[1:]
+    words[0] = re.sub(r"^\w+=\$\(", "", words[0])
+    words = [str(tiny.CONFIG) if word in STAND_INS else word for word in words]
+    program = words[0].removeprefix(".venv/bin/")
+    scripts = [i for i, word in enumerate(words) if word.startswith("stages/")]
+    if scripts:
+        stage_parses(words[scripts[0]], words[scripts[0] + 1 :])
+    elif program == "make":
+        make_knows(words[1:])
+    elif program == "llmkd":
+        llmkd_parses(words[1:])
+    elif program in ("torchrun", "deepspeed"):  # named without a script
+        assert all(word.startswith("--") or word.isdigit() for word in words[1:]), words
+    elif program == "python" and words[1] == "-m":
+        assert importlib.util.find_spec(words[2]), words
+    elif program == "python" and len(words) > 1 and words[1] != "-":
+        script_knows(words[1], words[2:])
+    else:
+        assert re.fullmatch(OTHERS.get(program, "(?!)"), " ".join(words[1:]), re.DOTALL), words
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("llmkd run --confg messages.yaml", SystemExit),
+        ("llmkd run --config messages.yaml polish", ConfigError),
+        ("llmkd train --config messages.yaml", KeyError),
+        ("llmkd status --config messages.yaml distill.epocs=3", ConfigError),
+        ("python stages/02_teachers.py --config configs/demo.yaml --folds 1", SystemExit),
+        ("python stages/03_distil.py --config configs/demo.yaml", FileNotFoundError),
+        ("torchrun stages/03_distill.py --config configs/none.yaml", ConfigError),
+        ("python -m llmkd.verfy runs/demo", AssertionError),
+        ("python benchmarks/soak.py --deaths 3", AssertionError),
+        ("make demonstration", AssertionError),
+        ("make evaluate ARGS='seed=x'", ConfigError),
+        ("pip install everything", AssertionError),
+    ],
+)
+def test_a_wrong_command_is_found(
+    line: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.ROOT)
+    (words,) = parted(line)
+    with pytest.raises(error):
+        understood(words)
+
+
+def filled(words: list[str]) -> list[str]:
+    """`task.train=...` stands for a file."""
+    return [re.sub(r"=\.\.\.$", "=rows.parquet", word) for word in words if word != "..."]
+
+
+def stage_parses(script: str, words: list[str]) -> None:
+    source = (tiny.ROOT / script).read_text(encoding="utf-8")
+    flags = re.search(r"^    main\(\w+, __doc__(.*)\)$", source, re.MULTILINE)
+    assert flags, script
+    parse("", re.findall(r'"(\w+)"', flags[1]), filled(words))
+
+
+def llmkd_parses(words: list[str]) -> None:
+    if len(words) == 1:  # named without what it is to do
+        assert words[0] in (*cli.COMMANDS, "--help", "--version")
+        return
+    arguments = cli.tree()[1][words[0]].parse_intermixed_args(filled(words[1:]))
+    if path := getattr(arguments, "config", None):
+        given = [*getattr(arguments, "overrides", []), *getattr(arguments, "words", [])]
+        config = load(path, [word for word in given if "=" in word])
+        if words[0] == "run":
+            chosen([word for word in given if "=" not in word], config)
+
+
+def make_knows(words: list[str]) -> None:
+    makefile = (tiny.ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    given = dict(word.split("=", 1) for word in words if ASSIGNED.match(word))
+    for word in words:
+        assert word in targets or word.startswith("-") or ASSIGNED.match(word), f"make {word}: no such target"
+    if "CONFIG" in given or "ARGS" in given:
+        config = given.get("CONFIG", "configs/demo.yaml")
+        load(str(tiny.CONFIG) if config in STAND_INS else config, filled(given.get("ARGS", "").split()))
+
+
+def script_knows(script: str, words: list[str]) -> None:
+    source = (tiny.ROOT / script).read_text(encoding="utf-8")
+    for word in words:
+        assert not word.startswith("--") or f'"{word.split("=")[0]}"' in source, f"{script} has no {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link).exists()]
+    names = re.findall(r"(?<![\w/])((?:configs|stages|benchmarks|tests|docs)/[\w/.-]+\.\w+)", text)
+    missing += [name for name in names if not (tiny.ROOT / name).exists()]
+    assert not missing
+
+
+def test_a_message_that_is_explained_is_one_that_is_said() -> None:
+    page = (tiny.ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    said = [
+        text
+        for folder in ("llmkd", "stages")
+        for path in (tiny.ROOT / folder).rglob("*.py")
+        for text in strings(path)
+    ]
+    said += [
+        "Extra inputs are not permitted",
+        "Field required",
+        "Input should be a valid string",
+    ]  # pydantic's
+    said += [os.strerror(28)]
+    quoted = [" ".join(message.split()) for message in QUOTED.findall(page)]
+    assert len(quoted) > 40
+    unsaid = []
+    for message in quoted:
+        parts = re.split(r"\S*(?:[A-Z]{2}|\b[A-Z]\b|['\d=]|\.\.\.)\S*", message)  # between what is filled in
+        words = max((part.strip(" .:;()").split() for part in parts), key=len)
+        runs = [" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))]
+        if not any(run in text for run in runs for text in said):
+            unsaid.append(message)
+    assert not unsaid
+
+
+def strings(path: Path) -> Iterator[str]:
+    """Every string of a file, what is filled in left out."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+
+
+RUN = [page for page in PAGES if "<!-- run -->" in page.read_text(encoding="utf-8")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_a_page_runs(page: Path, tmp_path: Path) -> None:
+    """All its marked blocks in one shell, in a directory that looks like a checkout."""
+    for name in ("stages", "configs", "tests", "benchmarks", "docs"):
+        (tmp_path / name).symlink_to(tiny.ROOT / name)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "llmkd").write_text(f'#!/bin/sh\nexec {sys.executable} -m llmkd.cli "$@"\n')
+    (programs / "llmkd").chmod(0o755)
+    blocks = [block for marked, language, block in BLOCK.findall(page.read_text(encoding="utf-8")) if marked]
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    shell = shutil.which("bash")
+    assert shell
+    done = subprocess.run(
+        [shell, "-euo", "pipefail", "-c", "\n".join(blocks)],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(tiny.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -1,0 +1,357 @@
+"""What a run will need: shapes, operations, bytes by formula; jobs, advice and text of whole configs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from llmkd import config as configs
+from llmkd.errors import ConfigError, LlmkdError, ModelError
+from llmkd.planning import memory, plan, shapes, table, work
+from llmkd.planning.memory import Way, Zero
+
+SHIPPED = sorted((tiny.ROOT / "configs").glob("*.yaml"))
+# millions of parameters as published with the models, language-modelling head included; encoders' backbones
+PUBLISHED = {
+    "meta-llama/Meta-Llama-3-8B": 8030.26,
+    "meta-llama/Meta-Llama-3-70B-Instruct": 70553.71,
+    "meta-llama/Llama-3.2-1B": 1235.81,
+    "meta-llama/Llama-3.2-3B": 3212.75,
+    "mistralai/Mistral-7B-v0.1": 7241.73,
+    "mistralai/Mistral-7B-v0.3": 7248.02,
+    "Qwen/Qwen2-0.5B": 494.03,
+    "Qwen/Qwen2.5-1.5B": 1543.71,
+    "Qwen/Qwen2.5-3B": 3085.94,
+    "Qwen/Qwen2-7B": 7615.62,
+    "Qwen/Qwen2.5-14B": 14770.03,
+    "Qwen/Qwen2.5-32B": 32763.88,
+    "Qwen/Qwen2-72B-Instruct": 72706.20,
+    "google/gemma-2-2b": 2614.34,
+    "google/gemma-2-9b-it": 9241.71,
+    "google/gemma-2-27b": 27227.13,
+    "sentence-transformers/all-MiniLM-L6-v2": 22.71,
+    "bert-base-uncased": 109.48,
+    "microsoft/deberta-v3-base": 183.83,
+}
+SMALL = {
+    **tiny.CONFIGS,
+    "mistral": tiny.DECODER,
+    "deberta-v2": {
+        **tiny.SIZES,
+        "position_buckets": 8,
+        "relative_attention": True,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+        "pos_att_type": ["p2c", "c2p"],
+        "type_vocab_size": 0,
+    },
+}
+LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear"}
+
+
+def small(architecture: str, **more: Any) -> shapes.Shape:
+    return shapes.from_init(architecture, {**SMALL[architecture], "num_hidden_layers": 2, **more}, 64)
+
+
+def way(**more: Any) -> Way:
+    return Way(**{"load_in": "fp32", "lora": None, "precision": "fp32", "classes": 3, **more})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_shapes_have_the_published_number_of_parameters(name: str) -> None:
+    shape = shapes.named(name)
+    count = shape.backbone + (0 if shape.encoder else shape.head(None))
+    assert count / 1e6 == pytest.approx(PUBLISHED[name], abs=0.006)
+
+
+def test_every_listed_shape_is_published() -> None:
+    listed = {json.dumps(entry["config"]) for entry in shapes.known().values()}
+    assert listed == {json.dumps(shapes.known()[name.lower()]["config"]) for name in PUBLISHED}
+
+
+@pytest.mark.parametrize("architecture", SMALL)
+def test_the_formula_counts_what_a_model_has(architecture: str) -> None:
+    settings = {**SMALL[architecture], "num_hidden_layers": 2, "num_labels": 3}
+    model = classifier(architecture, settings)
+    shape = shapes.from_config(model.config.to_dict())
+    assert shape.backbone + shape.head(3) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "bert", "deberta-v2"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "query", "query_proj", "dense", "down_proj"]])
+def test_the_formula_counts_what_lora_trains(architecture: str, targets: Any) -> None:
+    from llmkd.models.lora import add_lora, trainable
+
+    settings = {**SMALL[architecture], "num_hidden_layers": 2, "num_labels": 3}
+    model = add_lora(classifier(architecture, settings), r=4, alpha=8, targets=targets)
+    found = memory.trained(small(architecture), way(lora={**LORA, "targets": targets}))
+    assert found == sum(p.numel() for p in trainable(model).values())
+
+
+def classifier(architecture: str, settings: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(architecture, **settings))
+
+
+def test_an_unfamiliar_architecture_is_counted_on_the_meta_device(tmp_path: Path) -> None:
+    settings = {**tiny.DECODER, "head_dim": 16, "num_labels": 3}
+    model = classifier("qwen3", settings)
+    model.save_pretrained(tmp_path)
+    shape = shapes.named(str(tmp_path))
+    assert shape.backbone + shape.head(3) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "bert"])
+def test_forward_operations_are_those_that_torch_counts(architecture: str) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    settings = {**SMALL[architecture], "num_hidden_layers": 2, "num_labels": 3}
+    model, ids = classifier(architecture, settings), torch.ones(3, 20, dtype=torch.int64)
+    model.set_attn_implementation("eager")  # torch does not count the fused kernel of a CPU
+    with FlopCounterMode(display=False) as counted:
+        model(input_ids=ids, attention_mask=ids)
+    batches = work.Batches(3, 1, 60.0, 3 * 20.0**2, ((3, 20),), False)
+    told = work.running_flops(small(architecture), 3, batches)
+    assert told == pytest.approx(counted.get_total_flops(), rel=0.02)  # less head and pooler
+
+
+def test_training_operations_a_weight_and_token() -> None:
+    shape, batches = small("llama"), work.Batches(1, 1, 1000.0, 0.0, ((1, 1),), False)
+    weights = shape.layers * shape.block * 1000
+    full = work.training_flops(shape, way(), batches)
+    assert full == 6 * weights
+    assert work.training_flops(shape, way(checkpointing=True), batches) == 8 * weights
+    own = 6 * memory.adapters(shape, LORA) * 1000
+    assert work.training_flops(shape, way(lora=LORA), batches) == 4 * weights + own
+    squared = work.Batches(1, 1, 0.0, 100.0, ((1, 10),), False)
+    attention = 4 * 2 * shape.attention * 100
+    assert work.running_flops(shape, 3, squared) == attention
+    assert work.training_flops(shape, way(lora=LORA), squared) == 3 * attention
+
+
+def test_states_without_sharding() -> None:
+    shape = small("llama")
+    count = shape.backbone + shape.head(3)
+    alone = memory.states(shape, way())
+    assert alone == {
+        "weights": 4 * count,
+        "gradients": 4 * count,
+        "optimizer": 8 * count,
+        "buffers": 0,
+        "host": 0,
+    }
+    assert memory.states(shape, way(ranks=2))["buffers"] == 4 * count  # DDP's buckets
+    adapted = memory.states(shape, way(lora=LORA, load_in="bf16"))
+    learnt = memory.trained(shape, way(lora=LORA))
+    assert adapted["weights"] == 2 * shape.backbone + 4 * learnt
+    assert adapted["gradients"] == 4 * learnt
+
+
+def test_nf4_holds_only_linear_weights_in_four_bits() -> None:
+    shape = shapes.named("meta-llama/Meta-Llama-3-70B-Instruct")
+    linear = shape.layers * shape.block
+    held = memory.held(shape, way(load_in="nf4", lora=LORA))
+    assert held == pytest.approx(linear * 0.516 + 2 * (shape.backbone - linear), rel=1e-3)
+    assert 36e9 < held < 39e9
+
+
+def test_states_sharded_by_zero() -> None:
+    shape, n = small("llama"), 4
+    count = shape.backbone + shape.head(3)
+    by_stage = [
+        memory.states(shape, way(ranks=n, zero=Zero(stage=stage, bucket=0, live=0, prefetch=0)))
+        for stage in (1, 2, 3)
+    ]
+    assert [one["optimizer"] for one in by_stage] == [12 * count / n] * 3
+    assert [one["gradients"] for one in by_stage] == [4 * count, count, count]
+    assert [one["weights"] for one in by_stage] == [4 * count, 4 * count, count]
+    gathered = memory.states(shape, way(ranks=n, zero=Zero(stage=3, bucket=0, live=10, prefetch=0)))
+    assert gathered["buffers"] == pytest.approx(40)
+    away = memory.states(shape, way(ranks=n, zero=Zero(stage=2, offload_optimizer=True)))
+    assert (away["optimizer"], away["gradients"], away["host"]) == (0, 0, 16 * count / n)
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3"])
+def test_the_shipped_deepspeed_files(name: str) -> None:
+    found = memory.read_zero(str(tiny.ROOT / f"configs/deepspeed/{name}.json"))
+    assert found.stage == int(name[4])
+    assert found.offload_optimizer == name.endswith("offload")
+    assert found.bucket == 5e8  # DeepSpeed's own, where the file says nothing
+
+
+def test_checkpointing_and_smaller_batches_save_activations() -> None:
+    shape = shapes.named("google/gemma-2-2b")
+    lora = {**LORA, "dropout": 0.05}
+    whole = memory.activations(shape, way(lora=lora, load_in="bf16", precision="bf16"), (8, 512))
+    half = memory.activations(shape, way(lora=lora, load_in="bf16", precision="bf16"), (4, 512))
+    again = memory.activations(
+        shape, way(lora=lora, load_in="bf16", precision="bf16", checkpointing=True), (8, 512)
+    )
+    assert half == pytest.approx(whole / 2, rel=0.01)
+    assert again < whole / 8
+    # an eager model's scores grow with the square of a row
+    long = memory.activations(shape, way(lora=lora, load_in="bf16", precision="bf16"), (2, 2048))
+    assert long > 1.2 * whole
+
+
+def test_batches_are_those_that_training_cuts() -> None:
+    lengths = np.random.default_rng(0).integers(5, 60, 300)
+    one = work.training_batches(lengths, 300, 32, 256)
+    two = work.training_batches(lengths, 300, 32, 256, ranks=2)
+    assert one.steps == 10
+    assert max(rows * length for rows, length in one.largest) <= 256
+    assert 300 * lengths.mean() < one.tokens < 1.3 * 300 * lengths.mean()
+    assert one.accumulated
+    assert two.steps == 10
+    assert work.training_batches(lengths, 3000, 32, 256).tokens == pytest.approx(10 * one.tokens, rel=0.05)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_can_be_planned(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny.ROOT)
+    config = configs.load(path)
+    found = plan(config, rows={"task.train": 10_000, "task.test": 1000})
+    assert json.loads(json.dumps(found)) == found
+    assert {model["name"] for model in found["models"]} == {model.name for model in config.models}
+    assert {job["stage"] for job in found["jobs"]} >= {"03", "04", "06"}
+    for job in found["jobs"]:
+        if job["memory"]:
+            parts = sum(value for name, value in job["memory"].items() if name != "peak")
+            assert 0 < job["memory"]["peak"] <= parts + 6  # each part is rounded
+    lines = table(found).split("\n")
+    assert max(map(len, lines)) <= 110
+    assert sum(line.startswith("03") for line in lines) == sum(job["stage"] == "03" for job in found["jobs"])
+
+
+def lmsys(monkeypatch: pytest.MonkeyPatch, *overrides: str, **more: Any) -> dict[str, Any]:
+    monkeypatch.chdir(tiny.ROOT)
+    config = configs.load("configs/lmsys.yaml", overrides)
+    rows = {"task.train": 57_477, "task.test": 5000, "pretrain.0.data": 60_000}
+    return plan(config, devices=8, rows=rows, **more)
+
+
+def test_the_reference_recipe_fits_eight_cards_of_80_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = lmsys(monkeypatch)
+    assert found["problems"] == []
+    trained = next(job for job in found["jobs"] if (job["stage"], job["name"]) == ("02", "llama3-70b"))
+    assert trained["steps"] == 5 * -(-(57_477 * 2 * 4 // 5) // 64)
+    assert trained["tokens"] == pytest.approx(57_477 * 2 * 4 * 1024, rel=0.001)
+    assert trained["memory"]["weights"] == pytest.approx(37.4e9 + 4 * 828e6, rel=0.01)
+    assert trained["hours"] == pytest.approx(trained["flops"] / (8 * 312e12 * 0.4 * 3600))
+    assert found["totals"]["unknown"] == 0
+
+
+def test_advice_is_enough_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    tight = ["distill.gradient_checkpointing=false", "student.lora=null", "student.load_in=auto"]
+    found = lmsys(monkeypatch, *tight)
+    problem = next(one for one in found["problems"] if one["what"] == "student")
+    assert problem["peak"] > problem["limit"] >= problem["then"]
+    assert any(change.startswith("distill.deepspeed=") for change in problem["changes"])
+    after = lmsys(monkeypatch, *tight, *problem["changes"])
+    assert not [one for one in after["problems"] if one["what"] == "student"]
+    peak = next(job for job in after["jobs"] if job["what"] == "student")["memory"]["peak"]
+    assert peak == problem["then"]
+    assert "do not fit" in table(found)
+
+
+def test_what_no_setting_mends_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = lmsys(monkeypatch, memory_gb=16)
+    problem = next(one for one in found["problems"] if (one["name"], one["what"]) == ("llama3-70b", "train"))
+    assert problem["then"] > problem["limit"]
+    assert "more memory" in table(found)
+    mended = next(one for one in found["problems"] if one["name"] == "gemma2-9b" and one["what"] == "student")
+    assert "student.load_in=nf4" in mended["changes"]
+
+
+def test_rows_nobody_knows_are_in_no_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny.ROOT)
+    found = plan(configs.load("configs/sst2.yaml", ["run=nowhere"]))
+    train = next(job for job in found["jobs"] if job["what"] == "train")
+    assert train["steps"] is train["hours"] is train["flops"] is None
+    assert train["memory"]["peak"] > 22.7e6 * 16
+    assert found["totals"]["unknown"] > 0
+    assert any("say --rows task.train=N" in line for line in found["assumptions"])
+    assert "?" in table(found)
+
+
+def test_lengths_are_measured_where_the_data_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.chdir(tiny.ROOT)
+    texts = ["word " * 8 + "end."] * 90  # 44 characters
+    data = {"sentence": texts, "label": [0, 1] * 45}
+    pq.write_table(pa.table(data), tmp_path / "train.parquet")
+    pq.write_table(pa.table(data), tmp_path / "test.parquet")
+    where = [f"task.{part}={tmp_path / part}.parquet" for part in ("train", "test")]
+    found = plan(configs.load("configs/sst2.yaml", [*where, f"run={tmp_path}"]))
+    train = next(job for job in found["jobs"] if job["what"] == "train")
+    assert train["tokens"] == 2 * 45 * 11  # two folds of half the rows, 44 characters at 4 a token
+    assert any("4 characters a token" in line for line in found["assumptions"])
+
+
+def test_a_finished_run_took_about_the_steps_that_were_planned(finished: Path) -> None:
+    found = plan(configs.load(tiny.CONFIG, [f"run={finished}"]))
+    steps = {}
+    for path in finished.glob("0[23]_*/*/fold*/manifest.json"):
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        steps.setdefault(path.parent.parent.name, []).append(manifest["metrics"].get("steps", 0))
+    told = {job["name"]: job["steps"] for job in found["jobs"] if job["what"] in ("train", "student")}
+    assert told
+    for name, planned in told.items():
+        # folds are planned alike, and groups make them differ by some rows: a step each at most
+        assert abs(planned - sum(steps[name])) <= len(steps[name]), name
+    assert any("of stage 00" in line for line in found["assumptions"])
+    assert any("by its tokenizer" in line for line in found["assumptions"])
+
+
+def test_a_run_of_another_config_tells_nothing(finished: Path) -> None:
+    change = ["task.train=arena:rows=960,seed=1", "student.init.config.hidden_size=64"]
+    found, fresh = (
+        plan(configs.load(tiny.CONFIG, [f"run={where}", *change])) for where in (finished, "none/yet")
+    )
+    assert found["models"][-1] == fresh["models"][-1]
+    told = [next(job for job in one["jobs"] if job["what"] == "student") for one in (found, fresh)]
+    assert told[0]["steps"] == told[1]["steps"]
+    assert any("1,920 rows in arena:" in line for line in found["assumptions"])
+    said = plan(configs.load(tiny.CONFIG, [f"run={finished}"]), rows={"task.train": 5000})
+    assert any("task.train: 5,000 rows assumed" in line for line in said["assumptions"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"devices": 0}, "devices = 0"),
+        ({"memory_gb": -1.0}, "memory_gb"),
+        ({"memory_gb": float("nan")}, "memory_gb = nan"),
+        ({"tflops": float("inf")}, "tflops = inf"),
+        ({"efficiency": 1.5}, "efficiency = 1.5"),
+        ({"rows": {"task.trian": 5}}, "rows task.trian: there is no such file"),
+        ({"rows": {"task.train": 0}}, "at least 1"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        plan(configs.load(tiny.CONFIG), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_model_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match=r"someone/else-7b: .*config\.json") as caught:
+        lmsys(monkeypatch, "student.model=someone/else-7b")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_config_json_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(LlmkdError, match="is not JSON"):
+        shapes.named(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(LlmkdError, match="hidden_size"):
+        shapes.named(str(tmp_path))
