@@ -18,6 +18,9 @@ from llmkd.evaluate import Logits, Probabilities, scores, softmax
 from llmkd.judging import on_view
 
 LIMITS = (0.01, 100.0)  # logits that part the rows without a mistake would have T = 0
+CHANCE = (
+    3.84  # twice the log-likelihood's gain, if T = 1, is above it in 5 % of all fits (chi-square, 1 degree)
+)
 
 
 def fit_temperature(logits: Logits, labels: NDArray[np.int64]) -> float:
@@ -38,12 +41,13 @@ def fit_temperature(logits: Logits, labels: NDArray[np.int64]) -> float:
 
 
 def calibrate(table: pa.Table, files: Sequence[Path], labels: Sequence[str]) -> dict[str, Any]:
-    """The temperature of a student's folds: {"temperature", "rows", "oof": `effect`}.
+    """The temperature of a student's folds: {"temperature", "fitted", "rows", "oof": `effect`}.
 
     From their logits caches, one file a fold: each labelled training row in its given order, by the fold
     that did not see it, though it chose its checkpoint by them, which flatters it a little. It is the folds'
     temperature: their merged model, which uses it, has seen all of these rows and need not have the same.
-    One fold leaves no such rows: then the temperature is None and there is no "oof".
+    A fit that is no better than T = 1 beyond chance (likelihood ratio) is told as "fitted", and the
+    temperature is None. One fold leaves no such rows: then it is None too, and there is no "oof".
     """
     none: dict[str, Any] = {"temperature": None, "rows": 0}
     if len(files) == 1:
@@ -53,9 +57,15 @@ def calibrate(table: pa.Table, files: Sequence[Path], labels: Sequence[str]) -> 
     known, found = truth >= 0, np.concatenate(logits)  # (N, C)
     if not known.any():
         return none
-    temperature = fit_temperature(found[known], truth[known])
-    changed = effect(softmax(found), softmax(found / temperature), truth)
-    return {"temperature": temperature, "rows": int(known.sum()), "oof": changed}
+    fitted, count = fit_temperature(found[known], truth[known]), int(known.sum())
+    changed = effect(softmax(found), softmax(found / fitted), truth)
+    gain = 2 * count * (changed["log_loss_before"] - changed["log_loss_after"])
+    return {
+        "temperature": fitted if gain > CHANCE else None,
+        "fitted": fitted,
+        "rows": count,
+        "oof": changed,
+    }
 
 
 def effect(before: Probabilities, after: Probabilities, labels: NDArray[np.int64]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def parse(text: str, overrides: Sequence[str] = (), *, source: str = "config") -
     except ValidationError as error:
         problems = _all_problems(data, error)
         raise ConfigError("\n".join(f"{source}: {line}" for line in problems)) from None
-    config._given = " ".join(["--config", source, *overrides])
+    config._given = shlex.join(["--config", source, *overrides])
     return config
 
 

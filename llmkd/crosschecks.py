@@ -45,6 +45,8 @@ def _names(config: Config) -> Iterator[str]:
     names = [item.name for item in (*config.teachers, *config.students, *config.peers)]
     if len(set(names)) < len(names):
         yield f"teachers, student: names {names} must differ"
+    if f"{config.student.name}-baseline" in names:
+        yield f"students: {config.student.name}-baseline is what the baseline is called; take another name"
     methods = {str({**config.distill.model_dump(), **one.distill}["method"]) for one in config.students}
     if config.peers and "mutual" not in methods:
         yield f"peers: only distill.method: mutual trains them, not {config.distill.method}"

@@ -141,6 +141,11 @@ def summary(metrics: Mapping[str, Any]) -> str:
             f"calibrated by temperature {calibration['temperature']:.4f}: ece on test rows "
             f"{test['ece_before']:.4f} before, {test['ece_after']:.4f} after"
         )
+    elif "fitted" in calibration:
+        lines.append(
+            f"not calibrated: out of fold, on {calibration['rows']} rows, a temperature of "
+            f"{calibration['fitted']:.4f} is no better than 1 beyond chance"
+        )
     elif "rows" in calibration:  # of this run's own artifact
         lines.append("not calibrated: no labelled row is out of fold")
     if "bayes_log_loss" in metrics:

@@ -170,6 +170,7 @@ def student(config: Config, which: Student, kind: str, fold: int) -> Recipe:
     settings: dict[str, Any] = {"kind": kind, "fold": fold, "student": model_settings(which)}
     settings |= {"text": text_settings(config, which), "precision": config.precision, "seed": config.seed}
     settings["views"] = student_views(config, which)
+    settings["start"] = seed_of(config, which)  # draws a head that the checkpoint lacks
     inputs = {**rows(config), **base(config, which)[1]}
     name = which.name if kind == "student" else f"{which.name}-baseline"
     if kind == "baseline":

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 from test_judging import LABELS, TRAIN, caches, column, given, prepared
 
-from llmkd import run
+from llmkd import calibration, run
 from llmkd.calibration import LIMITS, calibrate, effect, fit_temperature
 from llmkd.evaluate import ece, scores, softmax
 
@@ -68,9 +69,21 @@ def test_it_is_fitted_on_each_given_row_by_the_fold_that_did_not_see_it(tmp_path
     labels = column(table, "label")[rows]
     found = calibrate(table, files, LABELS)
     temperature = fit_temperature(unseen, labels)
-    assert found["temperature"] == pytest.approx(temperature)
+    assert found["fitted"] == pytest.approx(temperature)
     assert found["rows"] == TRAIN
     assert found["oof"] == pytest.approx(effect(softmax(unseen), softmax(unseen / temperature), labels))
+
+
+@pytest.mark.parametrize(("temperature", "kept"), [(0.5, True), (1.0, False), (2.5, True)])
+def test_a_temperature_that_chance_explains_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, temperature: float, kept: bool
+) -> None:
+    logits, labels = drawn(temperature, 1000)
+    rows = [np.arange(500), np.arange(500, 1000)]
+    monkeypatch.setattr(calibration, "on_view", lambda *_: (rows, [logits[part] for part in rows]))
+    found = calibrate(pa.table({"label": labels}), [Path("a"), Path("b")], LABELS)
+    assert found["fitted"] == fit_temperature(logits, labels)
+    assert found["temperature"] == (found["fitted"] if kept else None)
 
 
 def test_rows_without_a_label_calibrate_nothing(tmp_path: Path) -> None:

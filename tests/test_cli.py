@@ -164,7 +164,7 @@ def test_report_export_and_plan(calls: list[Any], capsys: pytest.CaptureFixture[
     assert calls[0][1] == (Path("runs/x"), None)
     name, (config,), settings = calls[3]
     assert (name, config.seed) == ("plan", 7)
-    assert settings == {"devices": 2, "memory_gb": 24.0, "tflops": 312, "efficiency": 0.4}
+    assert settings == {"devices": 2, "memory_gb": 24.0, "tflops": 312, "efficiency": 0.4, "rows": {}}
 
 
 def test_a_library_error_is_told_as_one(

@@ -1,10 +1,12 @@
 """Adapters and what is trained: float32, saved whole, head included, back with the same logits."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
@@ -131,6 +133,14 @@ def test_an_adapter_is_saved_with_its_head_and_comes_back_with_its_logits(base: 
     loaded = PeftModel.from_pretrained(load(base), tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded), expected)
     assert (expected - untrained).abs().max() > 0.05
+
+
+def test_an_adapter_is_saved_alike_in_every_process(tmp_path: Path) -> None:
+    model: Any = add_lora(tiny.classifier(), r=2, alpha=4)
+    model.peft_config["default"].target_modules = {"q_proj", "down_proj", "v_proj"}  # a set has no order
+    save_trained(model, trainable_state(model), tmp_path)
+    told = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert told == ["down_proj", "q_proj", "v_proj"]
 
 
 def test_what_is_saved_is_the_state_given_not_the_model_now(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_evaluation_on_two_ranks_counts_every_row_once(finished: Path, tmp_path:
     directory = Path(shutil.copytree(finished, tmp_path / "run"))
     shutil.rmtree(directory / "06_evaluate")
     output = wait(start(command("torchrun", "06_evaluate", f"run={directory}")))
-    assert len(re.findall("^quantized_tta", output, re.MULTILINE)) == 1, "one rank alone speaks"
+    assert len(re.findall("^quantized_tta ", output, re.MULTILINE)) == 1, "one rank alone speaks"
     one, two = (json.loads((root / "06_evaluate/metrics.json").read_text()) for root in (finished, directory))
     for name in ("student", "merged", "quantized", "quantized_tta"):
         assert two[name]["rows"] == 40

@@ -348,7 +348,7 @@ def test_who_is_ahead_is_told_by_sign() -> None:
     assert words.judgement(0.1, 0.01) == "Distillation paid"
     assert words.judgement(-0.1, 0.01) == "Distillation did not pay"
     assert "cannot be told" in words.judgement(0.019, 0.01)
-    assert words.judgement(-0.1, None) == "Distillation did not pay"
+    assert words.judgement(-0.1, None) == "In this one run distillation did not pay"
     assert "cannot be told" in words.judgement(0.1, float("nan"))  # of one row
 
 
@@ -489,7 +489,7 @@ def test_a_language_model_s_report(tmp_path: Path) -> None:
     content = page(write_report(language(tmp_path / "run")))
     found = re.search(r"<h1>(.*?)</h1>", content)
     assert found
-    assert found[1].startswith("Distillation paid: on 500 targets of test texts")
+    assert found[1].startswith("In this one run distillation paid: on 500 targets of test texts")
     assert "8.00 with its teacher and 9.00 on hard tokens alone" in found[1]
     assert "75.0% of the places" in found[1]
     assert f"<blockquote>once {escaped()} …</blockquote>" in content

@@ -107,14 +107,15 @@ def save_trained(model: nn.Module, state: dict[str, Tensor], directory: Path) ->
     """A PEFT adapter directory, or for a model trained in full an ordinary model directory."""
     if hasattr(model, "peft_config"):
         model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)  # type: ignore[operator]
-        _forget_base_path(directory)
+        _tidy(directory)
     else:
         buffers = {name: tensor for name, tensor in model.named_buffers() if name in model.state_dict()}
         model.save_pretrained(directory, state_dict={**buffers, **state})  # type: ignore[operator]
 
 
-def _forget_base_path(directory: Path) -> None:
-    """PEFT notes where the base lay and writes a card about it; a run directory may be moved."""
+def _tidy(directory: Path) -> None:
+    """PEFT notes where the base lay and writes a card about it, though a run directory may be moved; and sets
+    of names in the order of their hashes, which is another in each process."""
     import json
 
     (directory / "README.md").unlink(missing_ok=True)
@@ -122,7 +123,9 @@ def _forget_base_path(directory: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if Path(config.get("base_model_name_or_path") or "").is_dir():
         config["base_model_name_or_path"] = None
-        path.write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=1, sort_keys=True), encoding="utf-8")
 
 
 def load_trained(model: nn.Module, directory: Path) -> None:

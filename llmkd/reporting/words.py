@@ -16,8 +16,10 @@ WEIGHINGS = {
 
 def judgement(gap: float, error: float | None) -> str:
     """gap: by how much the student is better than the same one on labels alone. It counts as known only
-    where it is over two of its standard errors, which a single row has not."""
-    if error is not None and not abs(gap) > 2 * error:
+    where it is over two of its standard errors, which a single row has not; without one it is this run's."""
+    if error is None:
+        return f"In this one run distillation {'paid' if gap > 0 else 'did not pay'}"
+    if not abs(gap) > 2 * error:
         return "Whether distillation paid cannot be told from these rows"
     return "Distillation paid" if gap > 0 else "Distillation did not pay"
 
