@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from llmkd.errors import DataError
-from llmkd.sources import read
+from llmkd.sources import csv_layout, read
 
 CHUNK = 8192  # rows
 BLOCK = 1 << 24  # bytes of a CSV that are parsed at once; a row must fit
@@ -58,7 +58,7 @@ def _slices(table: pa.Table, rows: int) -> Iterator[pa.Table]:
 def _csv(path: str, choose: Choose, rows: int) -> Iterator[pa.Table]:
     from pyarrow import csv
 
-    parse, block = csv.ParseOptions(newlines_in_values=True), csv.ReadOptions(block_size=BLOCK)
+    block, parse = csv_layout(path, BLOCK)
     with csv.open_csv(path, read_options=block, parse_options=parse) as reader:
         wanted = choose(reader.schema.names)
     # strings throughout, as in llmkd.sources: the id 007 stays what it is

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -261,6 +262,16 @@ def test_rows_without_a_label_are_left_out_and_told(place: Path, capsys: pytest.
     config = drafted(reviews(place, Stars=stars))
     assert "left out: 7 rows without a label or without a text" in capsys.readouterr().out
     assert pq.read_table(config.task.train).num_rows + pq.read_table(str(config.task.test)).num_rows == 93
+
+
+def test_a_column_with_gaps_is_the_last_to_be_taken_for_the_label(place: Path) -> None:
+    texts = [f"a ticket about {('payment', 'delivery')[at % 2]} number {at}" for at in range(100)]
+    teams, notes = [("billing", "shipping")[at % 2] for at in range(100)], ["", "ok", "urgent", ""] * 25
+    data = Path("Tickets (Q3).csv")
+    pd.DataFrame({"Request": texts, "sent to": teams, "note": notes}).to_csv(data, index=False, sep=";")
+    main(["init", str(data)])
+    config = load("Tickets-Q3.yaml")
+    assert (config.task.label, config.task.labels) == ("sent to", ["billing", "shipping"])
 
 
 def test_large_files_are_read_in_part(place: Path) -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from llmkd import folds, rows
+from llmkd import folds, rows, streams
 from llmkd.errors import DataError
 
 NAMES = ["a", "b", "tie"]
@@ -48,6 +48,16 @@ def test_files_of_every_kind_hold_the_same_rows(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "a.parquet")
     for name in ("a.csv", "a.jsonl", "a.ndjson", "a.json", "a.parquet"):
         assert rows.read(str(tmp_path / name)).to_pylist() == table.to_pylist(), name
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_a_csv_s_first_line_tells_its_delimiter(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f'Nr.{mark}"a,;\t,;\tb"{mark}label\n1{mark}"x{mark}y"{mark}z\n', encoding="utf-8-sig")
+    row = {"Nr.": "1", "a,;\t,;\tb": f"x{mark}y", "label": "z"}
+    assert rows.read(str(path)).to_pylist() == [row]
+    (batch,) = streams.chunks(str(path), list, 8)
+    assert batch.to_pylist() == [row]
 
 
 def test_csv_keeps_leading_zeros_and_a_glob_joins_files_in_order(tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def _tabular(columns: Sequence[Column], asked: Mapping[str, str], values: Mappin
 
 def _label(found: Guess, columns: Sequence[Column], asked: Mapping[str, str]) -> None:
     few = [column for column in columns if column.is_category]
-    likely = hinted(few, LABEL) or few[::-1]
+    likely = hinted(few, LABEL) or sorted(few, key=lambda column: (column.missing, -few.index(column)))
     if "label" in asked:
         label = next((column for column in columns if column.name == asked["label"]), None)
         if label is None:

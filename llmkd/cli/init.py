@@ -5,6 +5,7 @@ config runs as it is written, on a laptop, with tiny models; real ones stand in 
 """
 
 import argparse
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,9 +49,7 @@ def answer(arguments: argparse.Namespace) -> Answer:
     from llmkd.cli.parts import as_texts, divide, write
     from llmkd.sources import read
 
-    name = "".join(
-        letter if letter.isalnum() or letter in "-_" else "-" for letter in Path(arguments.data).stem
-    )
+    name = re.sub(r"[^\w-]+", "-", Path(arguments.data).stem).strip("-") or "run"
     output = arguments.output or Path(f"{name}.yaml")
     parts = {part: output.with_name(f"{output.stem}-{part}.parquet") for part in ("train", "test")}
     given = [arguments.data, *([arguments.test] if arguments.test else [])]
