@@ -24,8 +24,11 @@ WAYS = ("plain", "chunked")
 def main() -> None:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"tokens": 2048, "hidden": 512, "vocab": 256_000, "rounds": 2, "threads": 2}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=256_000)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--chunk", type=int, default=None)
     parser.add_argument("--way", choices=WAYS, help="measure this one, in this process")
     asked = parser.parse_args()

@@ -133,6 +133,7 @@ def test_zero_1_as_torchrun_starts_it(finished: Path, tmp_path: Path) -> None:
         same(f"02_teachers/{name}/fold1", finished, directory)
 
 
+@pytest.mark.slow
 def test_zero_3_in_one_process_over_a_bf16_base(finished: Path, tmp_path: Path) -> None:
     """Plain python has no launcher's variables, and what is loaded in bf16 stays so when it is cut up."""
     roots = []

@@ -180,12 +180,12 @@ def test_a_full_disk_leaves_a_run_that_goes_on(
 
 
 def test_a_terminated_stage_says_how_to_go_on_and_is_gone_on_with(finished: Path, tmp_path: Path) -> None:
-    """A real process: SIGTERM in a training of a thousand steps, then kill -9, then to the end."""
+    """A real process: SIGTERM in a training of hundreds of steps, then kill -9, then to the end."""
     for stage in STAGES[:2]:
         shutil.copytree(finished / stage, tmp_path / stage)
     script = [sys.executable, str(tiny.ROOT / "stages" / "02_teachers.py"), "--config", str(tiny.CONFIG)]
     options = [f"run={tmp_path}", "--teacher=qwen", "--fold=0", "teachers.qwen.checkpoint_minutes=0"]
-    command = [*script, *options, "teachers.qwen.epochs=400"]
+    command = [*script, *options, "teachers.qwen.epochs=200"]
     unit = tmp_path / "02_teachers" / "qwen" / "fold0.partial"
 
     def until_saved(process: "subprocess.Popen[str]", step: int) -> int:
