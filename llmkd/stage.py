@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmkd import interrupt, ranks, run, tracking
 from llmkd.config import load, science
 from llmkd.errors import ConfigError, LlmkdError, RunError, Stopped
+from llmkd.parser import Parser
 from llmkd.schema import Config, Model
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def parse(
     description: str, flags: Sequence[str] = (), argv: Sequence[str] | None = None
 ) -> tuple[Config, argparse.Namespace]:
     """--config, dotted overrides, and the stage's own flags (`--fold` and the like, each repeatable)."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = Parser(description=description)
     parser.add_argument("--config", required=True, help="the run's YAML, e.g. configs/demo.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.subkey=value", help="dotted overrides of the config"

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from llmkd import __version__
 from llmkd.cli import completion, evaluate, export, init, plan, predict, report, run, schema, status, verify
-from llmkd.cli.options import Parser, nearest
+from llmkd.parser import Parser, nearest
 
 COMMANDS: dict[str, ModuleType] = {
     "init": init,

@@ -1,10 +1,8 @@
-"""What the commands share: their parser, the flags that are the same everywhere, what they answer."""
+"""What the commands share: the flags that are the same everywhere, what they answer."""
 
 import argparse
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 STAGES = {  # as a user names them -> their scripts, in order
     "prepare": "00_prepare",
@@ -23,24 +21,6 @@ class Answer(NamedTuple):
     data: Any
     text: str
     code: int = 0
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with a wrong command line told in one line as every other error is."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            flag = message.split(": ", 1)[1].split()[0].split("=")[0]
-            message += nearest(flag, self._option_string_actions)
-        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(2)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """What was meant, if anything is near enough; else all that there are."""
-    names = list(known)
-    close = get_close_matches(word, names, 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
 
 
 def config_flags(parser: argparse.ArgumentParser) -> None:

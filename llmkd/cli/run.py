@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmkd.cli.options import STAGES, Answer, config_flags, nearest
+from llmkd.cli.options import STAGES, Answer, config_flags
+from llmkd.parser import nearest
 
 if TYPE_CHECKING:
     from llmkd.schema import Config
