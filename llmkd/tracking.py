@@ -159,7 +159,9 @@ def _wandb(track: Track, resumed: bool) -> Iterator[tuple[Any, Log]]:
         name=track.name,
         dir=str(track.directory),
         config={"config": dict(track.settings)},
-        settings=wandb.Settings(console="off", save_code=False, disable_git=True, disable_code=True),
+        settings=wandb.Settings(
+            console="off", save_code=False, disable_git=True, disable_code=True, x_disable_meta=True
+        ),
     )
 
     def log(figures: Mapping[str, float], step: int) -> None:
