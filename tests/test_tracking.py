@@ -230,7 +230,7 @@ def test_a_service_gets_each_unit_as_a_run(to: str, source: str, tmp_path: Path,
     assert not [facts for facts in configs if str(tmp_path) in str(facts)]
 
 
-def test_wandb_is_asked_to_keep_console_and_code_to_itself(tmp_path: Path, package: Any) -> None:
+def test_wandb_is_asked_to_keep_console_code_and_paths_to_itself(tmp_path: Path, package: Any) -> None:
     file = package("wandb", WANDB)
     record(Track("wandb", tmp_path / "run", "06_evaluate", SETTINGS), {"log_loss": 1.0})
     (_, asked), *_ = said(file)
@@ -239,6 +239,7 @@ def test_wandb_is_asked_to_keep_console_and_code_to_itself(tmp_path: Path, packa
         "save_code": False,
         "disable_git": True,
         "disable_code": True,
+        "x_disable_meta": True,
     }
     assert asked["config"] == {"config": SETTINGS}
     assert asked["dir"] == str(tmp_path / "run" / "tracking")
