@@ -15,7 +15,12 @@ from llmkd.schema import Config
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML takes 1e-6 for a string, as YAML 1.1 wants a dot; here it is a number, also in init.config."""
+    """YAML 1.2 where PyYAML has 1.1: there 1e-6 is a string, and a class called no is False."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [one for one in found if one[0] != "tag:yaml.org,2002:bool" or first in "tTfF"]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 _Loader.add_implicit_resolver(

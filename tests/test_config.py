@@ -251,7 +251,7 @@ def test_what_the_crosschecks_must_let_pass(overrides: list[str]) -> None:
         ("distill.deepspeed=no/such.json", "distill.deepspeed = 'no/such.json': no such file"),
         ("seed=-1", "seed = -1"),
         ("task.labels=[only]", "task.labels = ['only']"),
-        ("task.labels=[no, 'yes']", "task.labels.0 = False"),  # a bare no is false in YAML 1.1
+        ("task.labels=[false, 'yes']", "task.labels.0 = False"),  # a bare no is false in YAML 1.1
     ],
 )
 def test_single_faults(override: str, message: str) -> None:
@@ -475,3 +475,9 @@ def test_the_reference_is_current(name: str) -> None:
     assert (tiny.ROOT / "docs" / name).read_text(encoding="utf-8") == pages()[name], (
         "run: python -m llmkd.reference"
     )
+
+
+def test_a_class_called_no_is_no_boolean() -> None:
+    text = "run: on\ntask: {kind: classification, train: t, labels: [no, yes], swap: false}\n"
+    config = parse(text + "teachers: [{name: a, model: b}]\nstudent: {name: c, model: d}", ["run=off"])
+    assert (config.run, config.task.labels, config.task.swap) == ("off", ["no", "yes"], False)
