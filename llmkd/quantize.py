@@ -49,7 +49,7 @@ def quantize_gptq(
 
     Args:
         model_dir: a float model with its tokenizer, in safetensors.
-        out_dir: where the quantized model is written, in the GPTQ layout that transformers and `load_artifact` read:
+        out_dir: where the quantized model is written, in the GPTQ layout of transformers and `load_artifact`:
             checkpoint format `gptq` if symmetric, else `gptq_v2`, which alone holds every zero point.
         calibration: token ids of training rows. Rows of one length run together and nothing is ever
             padded, so that padding does not enter the Hessians.
