@@ -62,7 +62,7 @@ def telling() -> Iterator[None]:
             _tell(f"stopped by {name}: {stopped}; the same command goes on from there")
         sys.exit(128 + stopped.signal)
     except PermissionError as error:
-        _tell(f"error: {error.filename}: {error.strerror}; give this user the right, or name another place")
+        _tell(f"error: {' '.join(str(error).split())}; give this user the right, or name another place")
         sys.exit(2)
     except Exception as error:
         if not run.is_disk_full(error):
