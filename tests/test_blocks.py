@@ -8,8 +8,11 @@ import pytest
 import torch
 from tiny import classifier
 from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as eager_way
 
-from llmkd.models import blocks, pooling
+from llmkd.models import blocks, gemma2, passes, pooling
 from llmkd.models.gemma2 import tune
 from llmkd.models.lora import add_lora
 from llmkd.models.lora_linear import fuse
@@ -20,7 +23,7 @@ LENGTH = 300  # more than one block of queries
 
 def gemma(**settings: Any) -> Any:
     return classifier(
-        "gemma2", num_hidden_layers=2, num_key_value_heads=1, max_position_embeddings=512, **settings
+        "gemma2", num_hidden_layers=3, num_key_value_heads=1, max_position_embeddings=512, **settings
     )
 
 
@@ -62,16 +65,27 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], nn.Module]:
     return keep
 
 
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The queries of every attention by blocks."""
+    found: list[Tensor] = []
+    apply = blocks._Blocks.apply
+    monkeypatch.setattr(blocks._Blocks, "apply", lambda *given: (found.append(given[0]), apply(*given))[1])
+    return found
+
+
 @pytest.mark.parametrize("window", [50, 512])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 3e-2)])
 def test_blocks_give_what_eager_attention_gives(
-    eager: Callable[[nn.Module], nn.Module], window: int, precision: str, tolerance: float
+    eager: Callable[[nn.Module], nn.Module],
+    taken: list[Tensor],
+    window: int,
+    precision: str,
+    tolerance: float,
 ) -> None:
     model = gemma(sliding_window=window)
-    usual = eager(copy.deepcopy(model))
-    assert_alike(model, usual, precision, tolerance)
-    assert model.config._attn_implementation == blocks.NAME
-    assert usual.config._attn_implementation == "eager"  # type: ignore[union-attr]
+    assert_alike(model, eager(copy.deepcopy(model)), precision, tolerance)
+    assert len(taken) == 2, "one model's layers but the last, not the other's"
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 3e-2)])
@@ -94,23 +108,76 @@ def test_scores_are_cut_into_several_blocks_of_rows(
     assert_alike(model, eager(copy.deepcopy(model)), "fp32", 1e-5)
 
 
-def test_dropout_of_attention_takes_the_eager_way(eager: Callable[[nn.Module], nn.Module]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "close"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
+@pytest.mark.parametrize("rows", [1, 100])
+def test_a_gated_mlp_is_the_library_s(
+    monkeypatch: pytest.MonkeyPatch, kind: torch.dtype, close: float, rows: int
+) -> None:
+    monkeypatch.setattr(passes, "NUMBERS", rows)  # of several blocks, and of one
+    module = gemma().model.layers[0].mlp.to(kind)
+    given, found = torch.linspace(-9, 9, 5 * 32, dtype=kind).view(1, 5, 32), []
+    for forward in (type(module).forward, gemma2._mlp):
+        x = given.clone().requires_grad_()
+        out = forward(module, x)
+        (out * torch.linspace(0, 1, 32, dtype=kind)).sum().backward()
+        found += [out.detach(), x.grad]
+    with torch.no_grad():
+        found.append(gemma2._mlp(module, given))
+    for one, theirs in ((2, 0), (3, 1), (4, 0)):
+        assert (found[one] - found[theirs]).abs().max() <= close * found[theirs].abs().max()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_another_activation_is_left_alone(eager: Callable[[nn.Module], nn.Module], activation: str) -> None:
+    model = gemma(hidden_activation=activation)
+    assert_alike(model, eager(copy.deepcopy(model)), "fp32", 1e-5)
+
+
+def test_norms_of_several_blocks(
+    eager: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "NUMBERS", 32 * 7)
+    model = gemma()
+    for name, value in model.named_parameters():
+        value.requires_grad_("norm" not in name)
+    assert_alike(model, eager(copy.deepcopy(model)), "fp32", 1e-5)
+
+
+def test_dropout_of_attention_takes_the_eager_way(
+    eager: Callable[[nn.Module], nn.Module], taken: list[Tensor]
+) -> None:
     model = gemma(attention_dropout=0.5)
     assert_alike(model.train(), eager(copy.deepcopy(model)), "fp32", 1e-6)
+    assert not taken
+
+
+def test_another_attention_may_be_chosen_later(taken: list[Tensor]) -> None:
+    model, seen = gemma(), list[Any]()
+    ALL_ATTENTION_FUNCTIONS.register(
+        "seen", lambda *given, **more: (seen.append(1), eager_way(*given, **more))[1]
+    )
+    ALL_MASK_ATTENTION_FUNCTIONS.register("seen", eager_mask)
+    logits = class_logits(model, **rows())
+    taken.clear()
+    model.config._attn_implementation = "seen"
+    torch.testing.assert_close(class_logits(model, **rows()), logits, rtol=1e-4, atol=1e-4)
+    assert (len(taken), len(seen)) == (0, 3)
 
 
 def test_what_is_saved_names_no_way_of_its_own(tmp_path: Any) -> None:
     model = gemma()
+    model.save_pretrained(tmp_path / "before")
     class_logits(model, **rows())
-    model.save_pretrained(tmp_path)
-    assert blocks.NAME not in (tmp_path / "config.json").read_text()
+    model.save_pretrained(tmp_path / "after")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
 
 
-def test_other_models_keep_their_attention() -> None:
-    model = classifier("llama", max_position_embeddings=512)
-    before = model.config._attn_implementation
-    class_logits(model, **rows())
-    assert model.config._attn_implementation == before
+def test_other_models_keep_their_attention(taken: list[Tensor]) -> None:
+    class_logits(classifier("llama", max_position_embeddings=512), **rows())
+    assert not taken
 
 
 def adapted(dropout: float = 0.0) -> tuple[Any, Any]:

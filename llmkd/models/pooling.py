@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.models.gemma2 import tune
+from llmkd.models.last_layer import shorten
 
 
 def last_real_token(attention_mask: Tensor) -> Tensor:
@@ -30,8 +31,12 @@ def class_logits(model: nn.Module, **inputs: Tensor) -> Tensor:
     inner = unwrapped(model)
     if not is_decoder(inner):  # encoders, and nets over numbers or pixels, pool in their own ways
         return inner(**inputs).logits.float()
-    hidden = backbone(inner)(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
-    return head_logits(inner.score, pooled(inner, hidden, inputs["attention_mask"]))
+    body, mask = backbone(inner), inputs["attention_mask"]
+    if shorten(body):  # then the last layer gives that token's state alone: (B, 1, H)
+        hidden = body(**inputs, use_cache=False, pooled_at=last_real_token(mask)).last_hidden_state
+        return head_logits(inner.score, hidden[:, 0])
+    hidden = body(**inputs, use_cache=False).last_hidden_state  # (B, L, H)
+    return head_logits(inner.score, pooled(inner, hidden, mask))
 
 
 def logits_and_states(

@@ -185,6 +185,16 @@ def block_saved(shape: Shape, way: Way, length: int) -> float:
     return _inputs(shape, way, e) + norms + act + attention
 
 
+def _last_saved(shape: Shape, way: Way) -> float | None:
+    """`block_saved` of a classifier's last block where it works for one token a row: of the others the first
+    norm, what keys and values are made of, and these (`llmkd.models.last_layer`). None where it does not."""
+    able = way.classes is not None and way.device == "cpu" and way.zero.stage < 3
+    if not able or shape.family not in ("gemma2", "llama", "qwen2") or shape.attention_dropout:
+        return None
+    e = 2 if way.precision == "bf16" else 4
+    return shape.hidden * (4 * (2 if way.lora is None else 1) + e) + 2 * shape.attention * e
+
+
 def fused(way: Way) -> bool:
     """Whether base and adapter compute as one operation (`llmkd.models.lora_linear`)."""
     return way.zero.stage < 3 and way.load_in == way.precision
@@ -252,7 +262,9 @@ def activations(shape: Shape, way: Way, micro: Micro) -> float:
     if way.load_in == "nf4":  # a layer is unpacked while it computes
         passing += 2.0 * max(i * o for _, i, o in shape.linears)
     if not way.checkpointing:
-        return shape.layers * (saved + casts) + around + passing
+        short = _last_saved(shape, way)
+        last = saved if short is None else min(saved, tokens * short)
+        return (shape.layers - 1) * saved + last + shape.layers * casts + around + passing
     inputs = shape.layers * tokens * h * (2.0 if e == 2 and way.load_in != "fp32" and not full else 4.0)
     forward = shape.layers * casts + passing if full else 0.0  # autocast keeps them until its end
     return inputs + around + max(forward, saved + casts + passing)
