@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 
 from llmkd import ranks
 from llmkd.batches import Examples, Rows, sorted_batches
+from llmkd.errors import ModelError
 from llmkd.generation import batch_inputs
+from llmkd.layout import Layout
 from llmkd.models.head import head_of, predicting_states
+from llmkd.packing import pack
 from llmkd.shards import finish, row_digests, shard_stands, write_shard
-from llmkd.sparse import Layout, choose, joined, pack
+from llmkd.sparse import choose, joined
 from llmkd.train import inference
 
 if TYPE_CHECKING:
@@ -42,7 +45,8 @@ def cache_teacher(
 
     key: `shards.cache_key`. Finished shards of an interrupted run are kept; every shard is drawn from a
     seed of its own, so it is the same whenever it is made. Ranks take shards in turn, the teacher whole
-    on each. Raises CacheError where what lies there was made from something else.
+    on each. Raises CacheError where what lies there was made from something else, ModelError where the
+    teacher's logits are not finite.
     """
     shards = shard_rows(examples, shard_tokens)
     with inference(model):
@@ -65,6 +69,14 @@ def shard_rows(examples: Examples, shard_tokens: int) -> list[Rows]:
     return np.split(np.arange(len(ends)), np.flatnonzero(np.diff(number)) + 1)
 
 
+def _refuse(examples: Examples, batch: Rows, real: torch.Tensor, token: torch.Tensor) -> NoReturn:
+    """Raise ModelError naming the row of a batch that holds its real target number `token`."""
+    row = batch[int(real.nonzero()[token, 0])]  # real (rows, L): targets lie row by row
+    raise ModelError(
+        f"next-token logits of row {examples.ids[row]!r} are not finite; try precision: fp32, or look at it"
+    )
+
+
 def _packed(
     model: nn.Module,
     examples: Examples,
@@ -84,10 +96,13 @@ def _packed(
         inputs, real = batch_inputs(model, examples, batch)
         states = predicting_states(model, inputs, real, precision)  # (N, H)
         head = head_of(model, layout.vocab).to(states.dtype)
-        chosen = [
-            choose(head.logits(states[begin : begin + chunk]), layout, random)
-            for begin in range(0, len(states), chunk)
-        ]
+        chosen = []
+        for begin in range(0, len(states), chunk):
+            logits = head.logits(states[begin : begin + chunk])  # (n, vocab)
+            finite = logits.amax(-1).isfinite()  # -inf is a word that cannot come; not so +inf, NaN, all -inf
+            if not finite.all():
+                _refuse(examples, batch, real, begin + finite.int().argmin())
+            chosen.append(choose(logits, layout, random))
         packed = pack(joined(chosen), layout, fair)
         ends = np.cumsum(real.sum(-1).cpu().numpy())
         found.update(zip(batch.tolist(), np.split(packed, ends[:-1]), strict=True))

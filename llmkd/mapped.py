@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +24,26 @@ def table(path: Path) -> pa.Table:
         return pa.ipc.open_file(pa.memory_map(copy.name)).read_all()
 
 
+class Column:
+    """Values of one kind, appended to a temporary file that goes with the process."""
+
+    def __init__(self, dtype: npt.DTypeLike) -> None:
+        self.dtype = np.dtype(dtype)
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115  closed by `values`, or with the process
+
+    def append(self, part: npt.ArrayLike) -> None:
+        self.file.write(np.asarray(part, self.dtype).tobytes())
+
+    def values(self) -> npt.NDArray[Any]:
+        """The parts end to end, read-only; mapped, so nothing can be appended any more."""
+        with self.file as file:
+            file.flush()
+            return np.memmap(file, self.dtype, "r") if file.tell() else np.empty(0, self.dtype)
+
+
 def tokens(parts: Iterable[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
     """The parts end to end, read-only, in a temporary file that goes with the process. (tokens,) int32"""
-    with tempfile.TemporaryFile() as file:
-        for part in parts:
-            file.write(part.tobytes())
-        file.flush()
-        return np.memmap(file, np.int32, "r") if file.tell() else np.empty(0, np.int32)
+    column = Column(np.int32)
+    for part in parts:
+        column.append(part)
+    return column.values()

@@ -20,14 +20,16 @@ from numpy.typing import NDArray
 
 from llmkd.batches import Examples, Rows
 from llmkd.errors import CacheError
-from llmkd.sparse import Layout, Sparse, unpack
+from llmkd.layout import Layout
+from llmkd.packing import unpack
+from llmkd.sparse import Sparse
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # of the packed bytes: how `llmkd.sparse` lays them out
+FORMAT = 2  # of the packed bytes: how `llmkd.packing` lays them out
 REMEDY = "remove the directory and write it anew"
 Key = Mapping[str, Any]  # what a cache was made from: the layout's fields and `fingerprint`'s, by name
 

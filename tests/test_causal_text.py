@@ -11,16 +11,10 @@ import pytest
 import tiny
 
 from llmkd.errors import ConfigError, DataError
-from llmkd.tasks.causal_lm import (
-    block_examples,
-    chat_examples,
-    fold_of,
-    packed_examples,
-    read_chats,
-    read_texts,
-    shared_vocabulary,
-    text_examples,
-)
+from llmkd.tasks.blocks import block_examples, fold_of, packed_examples
+from llmkd.tasks.causal_lm import read_chats, read_texts, shared_vocabulary
+from llmkd.tasks.chats import chat_examples
+from llmkd.tasks.text_rows import text_examples
 
 TEXTS = ["one text", "another, longer text with words", "a third"] * 20
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from llmkd.chunked import chunked_loss
 from llmkd.errors import ModelError
+from llmkd.layout import Layout
 from llmkd.models.head import Head, head_of, hidden_states, predicting_states, target_mask, with_heads
 from llmkd.objective import Objective
-from llmkd.sparse import Layout, choose
+from llmkd.sparse import choose
 
 N, WORDS, PADDED = 13, 37, 40
 BOTH = Objective({"ce": 1.0, "kl": 0.5}, ["a", "b"], [1.0, 0.7], [1.0, 2.0])

@@ -14,13 +14,14 @@ from torch import Tensor
 from llmkd.capture import cache_teacher
 from llmkd.errors import ConfigError, ModelError
 from llmkd.generation import check_packing, evaluate_lm
+from llmkd.layout import Layout
 from llmkd.methods.next_token import NextToken
 from llmkd.methods.sequence import Sequence
 from llmkd.models.lora import add_lora, trainable
 from llmkd.objective import Objective
 from llmkd.shards import cache_key, open_cache, with_cache
-from llmkd.sparse import Layout
-from llmkd.tasks.causal_lm import packed_examples, text_examples
+from llmkd.tasks.blocks import packed_examples
+from llmkd.tasks.text_rows import text_examples
 from llmkd.train import fit
 
 WORDS = 64

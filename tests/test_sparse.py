@@ -14,10 +14,12 @@ import torch
 from llmkd import shards
 from llmkd.capture import cache_teacher, shard_rows
 from llmkd.errors import CacheError, ConfigError
+from llmkd.layout import Layout
 from llmkd.losses import kl
 from llmkd.models.head import head_of
+from llmkd.packing import decode, encode, pack, unpack
 from llmkd.shards import cache_key, fingerprint, open_cache, row_digests, with_cache
-from llmkd.sparse import Layout, Sparse, choose, decode, encode, pack, sparse_kl, unpack
+from llmkd.sparse import Sparse, choose, sparse_kl
 
 WORDS = 64
 

@@ -7,7 +7,7 @@ with special tokens split, so that a "[SEP]" or an end-of-turn mark inside a tex
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from string import Formatter
 from typing import Any
 
@@ -122,7 +122,7 @@ def encode_rows(
         for start in range(0, texts.num_rows, batch):
             encoded = encode(texts.slice(start, batch).to_pylist())
             lengths.extend(len(ids) for ids in encoded)
-            yield np.fromiter((token for ids in encoded for token in ids), dtype=np.int32)
+            yield np.fromiter(chain.from_iterable(encoded), dtype=np.int32)
 
     return mapped.tokens(parts()), np.cumsum(lengths, dtype=np.int64)
 
