@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmkd import crossfit, units
+from llmkd.inputs import base
+from llmkd.loading import examples_of, load_model
 from llmkd.objective import HARD, Objective
 from llmkd.schema import Config, Distill, Model, Student
-from llmkd.stage import base, examples_of, load_model
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,10 +39,6 @@ def fits(
     from llmkd.methods.cached import Cached
     from llmkd.train import arguments, split
 
-    if config.task.kind == "causal_lm":
-        from llmkd import lm
-
-        return lm.fits(config, which, kind, fold, model, examples, table, directory, precision)
     distill = config.distill_of(which)
     names = config.teachers_of(which) if kind == "student" else []
     settings: Any = model.config

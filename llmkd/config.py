@@ -73,7 +73,9 @@ def _all_problems(data: dict[str, Any], error: ValidationError) -> list[str]:
             Config.model_validate(left)
         except ValidationError as more:
             if all(problem["loc"] == () for problem in more.errors()):
-                found += _problems(data, more)
+                faulty = tuple(".".join(map(str, _place(data, one["loc"]))) for one in error.errors())
+                # a default that stands in for a faulty value is not the user's, and no fault of theirs
+                found += (line for line in _problems(data, more) if not line.startswith(faulty))
     return found
 
 

@@ -19,6 +19,7 @@ def crosschecks(config: Config) -> Iterator[str]:
     yield from _names(config)
     yield from _task(config)
     yield from _language(config)
+    yield from _packing(config)
     for i, phase in enumerate(config.pretrain):
         known = [model.name for model in config.models]
         for name in sorted(set(phase.models or ()) - set(known)):
@@ -81,6 +82,24 @@ def _task(config: Config) -> Iterator[str]:
         if model.is_net != (task.kind in ("tabular", "image")):
             reads = "features or pixels" if model.is_net else "text"
             yield f"{model.name}: reads {reads}, but task.kind is {task.kind}; choose another architecture"
+        if model.shift is not None and task.kind != "image":
+            yield f"{model.name}.shift = {model.shift}: moves images, but task.kind is {task.kind}; remove it"
+    for peer in config.peers:
+        if peer.shift is not None and task.kind == "image":
+            yield f"{peer.name}.shift = {peer.shift}: a peer sees the student's images; set student.shift"
+
+
+def _packing(config: Config) -> Iterator[str]:
+    """Stage 05 would refuse these widths, of a tiny config at least, when all training is done."""
+    init, asked = config.student.init, config.quantize
+    if not asked or not init or init.architecture.startswith("llmkd-"):
+        return
+    for key in ("hidden_size", "intermediate_size"):
+        width, named = init.config.get(key), f"the student's init.config.{key}"
+        if isinstance(width, int) and width % 32:
+            yield f"quantize: GPTQ packs multiples of 32, and {named} is {width}; choose one"
+        elif isinstance(width, int) and width % asked.group_size:
+            yield f"quantize.group_size = {asked.group_size}: must divide {named} = {width}"
 
 
 def _language(config: Config) -> Iterator[str]:

@@ -5,16 +5,16 @@ Names and numbers alone: no texts, no paths.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 from llmkd import run, tasks
-from llmkd.errors import ModelError
+from llmkd.errors import ConfigError, ModelError
 from llmkd.models.artifact import is_causal, read_json
 from llmkd.schema import Config
-from llmkd.stage import text_settings
+from llmkd.settings import text_settings
 
 FILE = "llmkd.json"
 TOKENS = 512  # of a classifier that tells of no budget
@@ -102,3 +102,28 @@ def _guessed(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
         "columns": {"text": "text"},
         "max_tokens": int(min([budget for budget in told if budget], default=TOKENS)),
     }
+
+
+def asked(
+    artifact: Path,
+    tta: str | None,
+    calibrated: bool,
+    columns: Mapping[str, str] | None,
+    max_tokens: int | None,
+    batch_tokens: int,
+) -> dict[str, Any]:
+    """What an artifact says of itself, less what is said otherwise. Raises ConfigError, ModelError."""
+    for name, value in (("max_tokens", max_tokens), ("batch_tokens", batch_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} = {value}: give a number of at least 1")
+    said = read(artifact)
+    for field in set(columns or {}) - {*said["columns"], "id"}:
+        known = ", ".join([*said["columns"], "id"])
+        raise ConfigError(f"columns: the artifact has no field {field!r}: it has {known}")
+    if tta not in (None, "swap", "none"):
+        raise ConfigError(f"tta={tta!r} is unknown: use swap or none")
+    if tta == "swap" and tasks.KINDS[said["kind"]].mirror(2) is None:
+        raise ConfigError(f"tta='swap': a {said['kind']} row has no two orders; use none")
+    said |= {"columns": {**said["columns"], **(columns or {})}, "tta": tta or said["tta"]}
+    said |= {"max_tokens": max_tokens or said["max_tokens"]}
+    return said | {"temperature": said["temperature"] if calibrated else None}

@@ -9,93 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from llmkd import crossfit, ranks, units
-from llmkd.errors import DataError
+from llmkd.assemble import objective_of
+from llmkd.inputs import base, prepared
+from llmkd.lm_rows import examples, fold_numbers
+from llmkd.loading import load_base
 from llmkd.schema import Config, Distill, Llm, Student
-from llmkd.stage import base, load_base, prepared, say, text_settings
+from llmkd.settings import text_settings
+from llmkd.stage import say
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from llmkd.batches import Examples
+    from llmkd.layout import Layout
     from llmkd.shards import Cache
-    from llmkd.sparse import Layout
 
 CACHE = "cache"  # a teacher's unit holds it
-
-
-def chats_as_text(table: pa.Table, column: str, part: str) -> pa.Table:
-    """A source's table with its chats as JSON in a column `text`. Raises DataError."""
-    from llmkd.tasks.causal_lm import as_chats
-
-    if column not in table.column_names:
-        raise DataError(f"{part}: no column {column!r} (correct task.columns.messages)")
-    values = ["[]" if value is None else value for value in table[column].to_pylist()]
-    chats = as_chats(values, f"{part}: row {{row}} of {column!r}")
-    texts = [json.dumps(chat, ensure_ascii=False) if chat else "" for chat in chats]
-    kept = [name for name in table.column_names if name not in ("text", "label", "bayes")]
-    return table.select(kept).append_column("text", pa.array(texts, pa.string()))
-
-
-def plain_texts(table: pa.Table, chats: bool, part: str = "train") -> list[str]:
-    """The words of a prepared table's rows, a chat's turn by turn."""
-    rows = [row["text"] for row in table.select(["part", "text"]).to_pylist() if row["part"] == part]
-    return [turn["content"] for row in rows for turn in json.loads(row)] if chats else rows
-
-
-def without_test_texts(texts: Sequence[str], table: pa.Table, chats: bool) -> list[str]:
-    """Pretraining texts less those that are a test row's (casefolded, whitespace collapsed)."""
-    held = {" ".join(text.casefold().split()) for text in plain_texts(table, chats, "test")}
-    kept = [text for text in texts if " ".join(text.casefold().split()) not in held]
-    if not kept:
-        raise DataError("every text is a test row's; give a test part of its own")
-    return kept
-
-
-def examples(
-    table: pa.Table,
-    tokenizer: PreTrainedTokenizerBase,
-    part: str,
-    *,
-    max_tokens: int,
-    chats: bool,
-    mask_prompt: bool,
-    pack: bool,
-) -> tuple[Examples, dict[str, int]]:
-    """One part's rows in tokens, and counts {"rows", "cut", "without_targets"}; rows without are left out.
-
-    Packed, a row is a block of `max_tokens` over one fold's texts.
-    """
-    from llmkd.tasks.causal_lm import chat_examples, packed_examples, text_examples
-
-    rows = table.filter(pa.array([one == part for one in table["part"].to_pylist()]))
-    ids, texts = rows["id"].to_pylist(), rows["text"].to_pylist()
-    if not texts:
-        raise DataError(f"{part}: no rows; give task.{part} some")
-    if chats:
-        said = [json.loads(text) for text in texts]
-        return chat_examples(said, tokenizer, max_tokens, masked=mask_prompt, ids=ids)
-    if pack:
-        return packed_examples(texts, rows["fold"].to_pylist(), tokenizer, max_tokens)
-    return text_examples(texts, tokenizer, max_tokens, ids)
-
-
-def fold_numbers(examples: Examples, table: pa.Table) -> NDArray[np.int64]:
-    """Each example's fold: its row's, or its block's. (N,)"""
-    from llmkd.tasks.causal_lm import fold_of
-
-    known = dict(zip(table["id"].to_pylist(), table["fold"].to_pylist(), strict=True))
-    return np.array([known[id] if id in known else fold_of(id) for id in examples.ids], dtype=np.int64)
 
 
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     """The student's: all of a run's texts are read in its tokens, by its teachers too."""
     from llmkd.models.load import load_tokenizer
 
-    return load_tokenizer(base(config, config.student)[0], config.student.pad_token)
+    student = config.student
+    trust = student.trust_remote_code
+    return load_tokenizer(base(config, student)[0], student.pad_token, trust_remote_code=trust)
 
 
 def vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -107,7 +48,9 @@ def vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
     from llmkd.tasks.causal_lm import shared_vocabulary
 
     theirs = {
-        which.name: load_tokenizer(base(config, which)[0], which.pad_token)
+        which.name: load_tokenizer(
+            base(config, which)[0], which.pad_token, trust_remote_code=which.trust_remote_code
+        )
         for which in config.teachers
         if isinstance(which, Llm)
     }
@@ -119,7 +62,7 @@ def vocabulary(config: Config, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def layout_of(distill: Distill, name: str, vocab: int) -> Layout:
     """How teacher `name` is cached; at the objective's own temperature. Raises ConfigError."""
-    from llmkd.sparse import Layout
+    from llmkd.layout import Layout
 
     assert distill.cache
     degrees = distill.temperature
@@ -222,7 +165,6 @@ def fits(
 
     With several folds the held-out one's rows choose the best state; one fold holds none out.
     """
-    from llmkd.assemble import objective_of
     from llmkd.generation import check_packing
     from llmkd.methods.sequence import Sequence as SequenceMethod
     from llmkd.objective import HARD
@@ -266,7 +208,8 @@ def calibration(config: Config, merged: Path) -> list[list[int]]:
 
     assert config.quantize
     settings = text_settings(config, config.student)
-    rows, _ = examples(prepared(config)[0], load_tokenizer(str(merged)), "train", **settings)
+    tokenizer = load_tokenizer(str(merged), trust_remote_code=config.student.trust_remote_code)
+    rows, _ = examples(prepared(config)[0], tokenizer, "train", **settings)
     count = min(config.quantize.calibration_rows, len(rows.ids))
     drawn = np.sort(np.random.default_rng(config.seed).choice(len(rows.ids), count, replace=False))
     return [rows.inputs(np.array([row]))["input_ids"][0].tolist() for row in drawn]

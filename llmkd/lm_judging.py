@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmkd import units
-from llmkd.lm import examples, load_teacher, tokenizer_of, vocabulary
+from llmkd.inputs import base, prepared
+from llmkd.lm import load_teacher, tokenizer_of, vocabulary
+from llmkd.lm_rows import examples
+from llmkd.loading import load_base, load_model
 from llmkd.schema import Config, Llm
-from llmkd.stage import base, load_base, load_model, prepared, text_settings
+from llmkd.settings import text_settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +69,7 @@ def judge(config: Config, paths: Mapping[str, Path], *, whole: bool) -> dict[str
     metrics: dict[str, Any] = {"rows": counts}
     metrics["teachers"] = {name: figures(f"teacher {name}", one, {}) for name, one in teachers.items()}
     merged: nn.Module | None = None
-    candidates = {**(_led_to(config) if whole else {}), **_artifacts(config, paths, tokenizer)}
+    candidates = {**(_led_to(config) if whole else {}), **_artifacts(config, paths, tokenizer, whole)}
     for name, loads in candidates.items():
         extra = {"merged": merged} if name == "quantized" and merged is not None else {}
         found = []
@@ -114,9 +117,9 @@ def _led_to(config: Config) -> dict[str, list[Callable[[], Any]]]:
 
 
 def _artifacts(
-    config: Config, paths: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase
+    config: Config, paths: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase, own: bool
 ) -> dict[str, list[Callable[[], Any]]]:
-    """How to load model directories. Raises ConfigError for one of another vocabulary than the student's."""
+    """How to load model directories, `own` ones of this run or others. ConfigError for another vocabulary."""
     import torch
 
     from llmkd.models.artifact import load_artifact
@@ -124,9 +127,10 @@ def _artifacts(
 
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if config.evaluate.precision == "fp32" else None
+    trust = own and config.student.trust_remote_code  # the word is of the student's own code alone
 
     def load(path: Path) -> Any:
-        model, reader = load_artifact(path, device=device, dtype=dtype, causal=True)
+        model, reader = load_artifact(path, device=device, dtype=dtype, causal=True, trust_remote_code=trust)
         shared_vocabulary(tokenizer, {str(path): reader})  # type: ignore[dict-item]
         return model
 

@@ -170,8 +170,12 @@ class Model(Closed):
     )
     lora: Lora | None = Field(Lora(), description="null: train all weights")
     max_tokens: int | None = Field(None, ge=8, description="this model's own context budget")
+    shift: int | None = Field(None, ge=0, description="task.image.shift, for its own training images")
     pad_token: str | None = Field(None, description="for a tokenizer without one")
     attention: str | None = Field(None, description="eager, sdpa, ...; the model's own by default")
+    trust_remote_code: bool = Field(
+        False, description="run the Python code that comes with the checkpoint; read it first"
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -13,8 +13,7 @@ from typing import Any
 from llmkd import description, run
 from llmkd.config import science
 from llmkd.errors import RunError
-from llmkd.schema import Config, Distill, External, Lightgbm, Llm, Model, Student, Training
-from llmkd.stage import (
+from llmkd.inputs import (
     DISTILL,
     EVALUATE,
     MERGE,
@@ -25,14 +24,10 @@ from llmkd.stage import (
     base,
     checkpoint,
     command,
-    model_settings,
-    phases,
-    prepare_settings,
-    pretrain_settings,
     rows_directory,
-    seed_of,
-    text_settings,
 )
+from llmkd.schema import Config, Distill, External, Lightgbm, Llm, Model, Student, Training
+from llmkd.settings import model_settings, phases, prepare_settings, pretrain_settings, seed_of, text_settings
 from llmkd.tracking import Track
 
 TRAINING = set(Training.model_fields)

@@ -15,8 +15,16 @@ def prepare(config: Config, arguments: Namespace) -> None:
         return say(f"{recipe.directory}: done")
     with recipe.writing(config.seed) as unit:
         write_rows(config, unit)
-    report = unit.metrics["report"]
-    say(f"{recipe.directory}: {unit.rows}, leaks {report['leaks']}, duplicates {report['duplicates']}")
+    say(f"{recipe.directory}: {told(unit.rows, unit.metrics['report'])}")
+
+
+def told(counts: dict[str, int], report: dict[str, Any]) -> str:
+    """What became of the rows, in words."""
+    rows = ", ".join(f"{count:,} {part}" for part, count in counts.items())
+    said = [f"{rows} rows", f"{report['leaks']['rows']} in both train and test ({report['leaks']['policy']})"]
+    for part, found in report["duplicates"].items():
+        said.append(f"{part}: {found['rows']} repeat another, {found['conflicting']} of several labels")
+    return "; ".join(said)
 
 
 def sources(config: Config) -> dict[Part, Any]:
@@ -34,7 +42,7 @@ def sources(config: Config) -> dict[Part, Any]:
             table = sentences(table, columns.get("text", "text"), *asked.sentences)
         found["transfer"] = table.slice(0, asked.rows)
     if "messages" in task.columns:
-        from llmkd.lm import chats_as_text
+        from llmkd.lm_rows import chats_as_text
 
         return {part: chats_as_text(table, task.columns["messages"], part) for part, table in found.items()}
     return found

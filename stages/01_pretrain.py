@@ -6,18 +6,10 @@ from typing import Any
 
 from llmkd import ranks, units
 from llmkd.errors import DataError
+from llmkd.inputs import PRETRAIN, prepared
 from llmkd.schema import Config, Model, Pretrain, TrainTokenizer
-from llmkd.stage import (
-    PRETRAIN,
-    chosen,
-    is_made,
-    main,
-    phases,
-    prepared,
-    say,
-    seed_of,
-    text_settings,
-)
+from llmkd.settings import is_made, phases, seed_of, text_settings
+from llmkd.stage import chosen, main, say
 from llmkd.tracking import Track
 
 
@@ -67,7 +59,7 @@ def shorten(config: Config, model: Model, directory: Path) -> None:
 
     assert model.model
     assert model.layers
-    keep_layers(model.model, model.layers, directory)
+    keep_layers(model.model, model.layers, directory, trust_remote_code=model.trust_remote_code)
 
 
 def init(config: Config, model: Model, directory: Path) -> None:
@@ -97,7 +89,7 @@ def init(config: Config, model: Model, directory: Path) -> None:
         if isinstance(asked, TrainTokenizer):
             tokenizer = train_tokenizer(training_texts(config, table), asked.vocab_size)
         else:
-            tokenizer = load_tokenizer(asked, model.pad_token)
+            tokenizer = load_tokenizer(asked, model.pad_token, trust_remote_code=model.trust_remote_code)
         todo = phases(config, model)
         causal = config.task.kind == "causal_lm" or (bool(todo) and todo[0].objective == "causal_lm")
         init_model(
@@ -116,9 +108,9 @@ def training_texts(config: Config, table: Any) -> list[str]:
     from llmkd import tasks
 
     if config.task.kind == "causal_lm":
-        from llmkd import lm
+        from llmkd import lm_rows
 
-        return lm.plain_texts(table, "messages" in config.task.columns)
+        return lm_rows.plain_texts(table, "messages" in config.task.columns)
     kind = tasks.KINDS[config.task.kind]
     rows = [row for row in table.to_pylist() if row["part"] == "train" and not row["swapped"]]
     template = config.task.template or kind.TEMPLATE
@@ -135,10 +127,12 @@ def run_phase(
     track: Track,
 ) -> dict[str, Any]:
     """One phase from `source` into directory/model; an adapter is merged into a fresh float base."""
+    from llmkd.loading import settle
     from llmkd.models import continued
     from llmkd.models.pooling import resolve_precision
     from llmkd.train import arguments, split
 
+    settle()
     trainer, batching = split(phase.training())
     training = arguments(directory, seed=config.seed, **trainer)
     of = causal_examples if phase.objective == "causal_lm" else supervised_examples
@@ -161,6 +155,7 @@ def run_phase(
         precision=resolve_precision(config.precision),
         pad_token=model.pad_token,
         attention=model.attention,
+        trust_remote_code=model.trust_remote_code,
         seed=config.seed,
         training=training,
         checkpoints=checkpoints,
@@ -170,13 +165,14 @@ def run_phase(
 
 
 def causal_examples(config: Config, model: Model, phase: Pretrain, tokenizer: Any) -> Any:
-    from llmkd.tasks.causal_lm import block_examples, read_texts
+    from llmkd.tasks.blocks import block_examples
+    from llmkd.tasks.causal_lm import read_texts
 
     texts = read_texts(phase.data, phase.columns.get("text", "text"))
     if config.task.kind == "causal_lm":  # the test rows judge what comes of it
-        from llmkd import lm
+        from llmkd import lm_rows
 
-        texts = lm.without_test_texts(texts, prepared(config)[0], "messages" in config.task.columns)
+        texts = lm_rows.without_test_texts(texts, prepared(config)[0], "messages" in config.task.columns)
     texts = texts[: phase.rows]
     return block_examples(texts, tokenizer, phase.max_tokens or model.max_tokens or config.task.max_tokens)
 

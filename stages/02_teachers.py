@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llmkd import ranks, units
+from llmkd.inputs import TEACHERS, base, prepared
+from llmkd.loading import examples_of, load_model
 from llmkd.schema import Config, External, Lightgbm, Llm
-from llmkd.stage import TEACHERS, base, chosen, examples_of, load_model, main, prepared, say, seed_of
+from llmkd.settings import seed_of
+from llmkd.stage import chosen, main, say
 
 
 def teachers(config: Config, arguments: Namespace) -> None:
@@ -73,7 +76,7 @@ def fine_tune(config: Config, teacher: Llm, todo: dict[int, units.Recipe]) -> No
             )
             unit.metrics.update(metrics)
             unit.rows.update(counts)
-        say(f"{recipe.directory}: development log loss {metrics['best']}")
+        say(f"{recipe.directory}: {told(metrics['best'])}")
 
 
 def grow(config: Config, teacher: Lightgbm, todo: dict[int, units.Recipe]) -> None:
@@ -109,7 +112,7 @@ def grow(config: Config, teacher: Lightgbm, todo: dict[int, units.Recipe]) -> No
             leave(config, unit, table, fold, teacher.name, labels, predict)
             unit.metrics.update(history)
             unit.rows["train"] = len(rows)
-        say(f"{recipe.directory}: development log loss {history['best']}")
+        say(f"{recipe.directory}: {told(history['best'])}")
 
 
 def ask(config: Config, teacher: External, todo: dict[int, units.Recipe]) -> None:
@@ -155,6 +158,10 @@ def leave(
     found = {view: logits_of(at) for view, at in rows.items()}
     crossfit.write_views(unit.path, table["id"].to_pylist(), rows, found, name, labels)
     unit.rows.update({view: len(at) for view, at in rows.items()})
+
+
+def told(best: float | None) -> str:
+    return "trained on all rows" if best is None else f"development log loss {best:.6f}"
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from llmkd import ranks, units
+from llmkd.inputs import DISTILL, base, prepared
+from llmkd.loading import examples_of, load_model
 from llmkd.schema import Config, Student
-from llmkd.stage import DISTILL, base, chosen, examples_of, load_model, main, prepared, say
+from llmkd.stage import chosen, main, say
 
 
 def distill(config: Config, arguments: Namespace) -> None:
@@ -28,7 +30,7 @@ def learn(config: Config, which: Student, kinds: list[str], folds: list[int]) ->
 
     section = config.distill_of(which)
     ranks.start(section.deepspeed)
-    from llmkd import assemble, crossfit
+    from llmkd import assemble, crossfit, lm
     from llmkd.models.lora import trainable_state
     from llmkd.models.pooling import resolve_precision
     from llmkd.train import arguments, split
@@ -41,9 +43,11 @@ def learn(config: Config, which: Student, kinds: list[str], folds: list[int]) ->
     start = trainable_state(model)
     for (kind, fold), recipe in jobs.items():
         with recipe.writing(config.seed) as unit:
-            fits, facts = assemble.fits(
-                config, which, kind, fold, model, examples, table, labels, root, precision
-            )
+            what = config, which, kind, fold, model, examples, table
+            if config.task.kind == "causal_lm":
+                fits, facts = lm.fits(*what, root, precision)
+            else:
+                fits, facts = assemble.fits(*what, labels, root, precision)
             metrics, counts = crossfit.fit_fold(
                 model,
                 start,
@@ -62,7 +66,7 @@ def learn(config: Config, which: Student, kinds: list[str], folds: list[int]) ->
             unit.metrics.update(metrics, **facts)
             unit.rows.update(counts)
         best = metrics["best"]  # None without development rows
-        said = f"loss {metrics['loss'][-1]['loss']}" if best is None else f"development log loss {best}"
+        said = f"loss {metrics['loss'][-1]['loss']}" if best is None else f"development log loss {best:.6f}"
         say(f"{recipe.directory}: {said}")
 
 

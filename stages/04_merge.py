@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from llmkd import description, ranks, units
+from llmkd.inputs import base, prepared
+from llmkd.loading import load_base
 from llmkd.schema import Config
-from llmkd.stage import base, load_base, main, prepared, say
+from llmkd.stage import main, say
 
 
 def merge(config: Config, arguments: Namespace) -> None:

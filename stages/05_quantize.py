@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from llmkd import ranks, units
+from llmkd.inputs import MERGE, prepared
 from llmkd.schema import Config
-from llmkd.stage import MERGE, main, prepared, say, text_settings
+from llmkd.settings import text_settings
+from llmkd.stage import main, say
 
 
 def quantize(config: Config, arguments: Namespace) -> None:
@@ -29,7 +31,10 @@ def quantize(config: Config, arguments: Namespace) -> None:
         for name in (FILE, exits.FILE):
             if (merged / name).is_file():
                 shutil.copy(merged / name, unit.path / "model" / name)
-    say(f"{recipe.directory}: {facts}")
+    say(
+        f"{recipe.directory}: {facts['layers']} layers, weights off by {facts['weight_error_mean']:.2%} on "
+        f"average; {facts['bytes_before']:,} bytes before, {facts['bytes_after']:,} after"
+    )
 
 
 def write_model(config: Config, merged: Path, directory: Path) -> dict[str, Any]:
@@ -45,6 +50,7 @@ def write_model(config: Config, merged: Path, directory: Path) -> dict[str, Any]
         bits=asked.bits,
         group_size=asked.group_size,
         desc_act=asked.desc_act,
+        trust_remote_code=config.student.trust_remote_code,
     )
     write_card(directory, **of_config(config, prepared(config)[1]))
     return facts
@@ -68,7 +74,7 @@ def calibration(config: Config, merged: Path) -> list[list[int]]:
     count = min(config.quantize.calibration_rows, len(train))
     rows = np.sort(np.random.default_rng(config.seed).choice(train, count, replace=False))
     assert config.task.kind in tasks.KINDS
-    tokenizer = load_tokenizer(str(merged))
+    tokenizer = load_tokenizer(str(merged), trust_remote_code=config.student.trust_remote_code)
     encode = encoder(tokenizer, config.task.kind, **text_settings(config, config.student))
     return encode(table.take(rows).to_pylist())
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from llmkd import ranks, run, units
 from llmkd.errors import ConfigError, DataError, ModelError
+from llmkd.inputs import EVALUATE, MERGE, QUANTIZE, prepared
 from llmkd.schema import Config
-from llmkd.stage import EVALUATE, MERGE, QUANTIZE, main, prepared, say, text_settings
+from llmkd.settings import text_settings
+from llmkd.stage import main, say
 from llmkd.tracking import Track, record
 
 
@@ -45,7 +47,7 @@ def judge_run(config: Config) -> None:
 def judge_classifier(config: Config, paths: dict[str, Path], unit: run.Unit) -> None:
     from llmkd.card import of_config, write_card
 
-    metrics = {**cached_scores(config), **artifact_scores(config, paths, unit.path)}
+    metrics = {**cached_scores(config), **artifact_scores(config, paths, unit.path, own=True)}
     sections = [config.distill_of(student).in_phases() for student in config.students]
     # teachers' predictions on the test rows, never their labels, were among the soft labels
     metrics["transductive"] = any("test" in phase.rows for phases in sections for phase in phases)
@@ -119,7 +121,9 @@ def check_labels(own: list[str], labels: list[str], path: Path) -> None:
         raise ModelError(f"{path}: its classes are {own}, not {labels}; set id2label in its config.json")
 
 
-def artifact_scores(config: Config, paths: dict[str, Path], directory: Path) -> dict[str, Any]:
+def artifact_scores(
+    config: Config, paths: dict[str, Path], directory: Path, *, own: bool = False
+) -> dict[str, Any]:
     """Scores, drift, size and speed of model directories; all logits and the last one's predictions are
     written, and the last one is also scored at its temperature."""
     from llmkd import description, judging
@@ -138,7 +142,7 @@ def artifact_scores(config: Config, paths: dict[str, Path], directory: Path) -> 
         text["max_tokens"] = asked.max_tokens
     if test.bayes is not None:
         metrics.update(bayes(test.bayes, test.labels))
-    logits = {}
+    logits, speeds = {}, {}
     for name, path in paths.items():
         logits[name], metrics["latency"], outputs = artifact_logits(
             path,
@@ -147,7 +151,10 @@ def artifact_scores(config: Config, paths: dict[str, Path], directory: Path) -> 
             batch_tokens=asked.batch_tokens,
             precision=asked.precision,
             text=text,
+            # the word is of the student's own code alone
+            trust_remote_code=own and config.student.trust_remote_code,
         )
+        speeds[name] = metrics["latency"]["rows_per_second"]
         metrics[name] = test.scores(logits[name])
         if asked.tta == "swap":
             metrics[f"{name}_tta"] = test.scores(logits[name], swap=True)
@@ -166,6 +173,7 @@ def artifact_scores(config: Config, paths: dict[str, Path], directory: Path) -> 
             both = test.scores(logits[name], swap=True, temperature=temperature)
             metrics[f"{name}_tta_calibrated"] = both
     metrics["padding_share"] = metrics["latency"].pop("padding_share")
+    metrics["latency"]["artifacts"] = speeds  # rows a second of each
     metrics["size_bytes"] = {name: size_bytes(path) for name, path in paths.items()}
     if {"merged", "quantized"} <= set(logits):
         metrics["drift"] = drift(logits["merged"], logits["quantized"])

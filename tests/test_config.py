@@ -122,6 +122,18 @@ def test_required_keys(missing: str) -> None:
         (["distill.phases=[{terms: {ce: 0, kl: 0, cosine: 0}}]"], "terms: weights must not all be 0"),
         (["distill.method=mutual"], "distill.method = 'mutual': needs peers"),
         (["peers=[{name: p, model: m}]"], "peers: only distill.method: mutual trains them"),
+        (["teachers.llama.shift=2"], "llama.shift = 2: moves images, but task.kind is preference; remove it"),
+        (
+            [
+                "task={kind: image, train: t, labels: [a, b], image: {shape: [2, 2]}}",
+                "teachers=[]",
+                "student={name: s, init: {architecture: llmkd-mlp}}",
+                "peers=[{name: p, init: {architecture: llmkd-mlp}, shift: 1}]",
+                "distill.method=mutual",
+                "quantize=null",
+            ],
+            "p.shift = 1: a peer sees the student's images; set student.shift",
+        ),
         (["distill.method=feature"], "distill.features: belong to method: feature"),
         (
             ["distill.method=online", "distill.view=oof"],
@@ -146,6 +158,14 @@ def test_required_keys(missing: str) -> None:
         ),
         (["task.features={numeric: [x]}"], "task.features: belongs to kind: tabular"),
         (["task.labels=[x, x]"], "task.labels = ['x', 'x']: names must differ"),
+        (
+            ["student.model=null", "student.init={architecture: llama, config: {hidden_size: 48}}"],
+            "GPTQ packs multiples of 32, and the student's init.config.hidden_size is 48; choose one",
+        ),
+        (
+            ["student.model=null", "student.init={architecture: bert, config: {intermediate_size: 64}}"],
+            "quantize.group_size = 128: must divide the student's init.config.intermediate_size = 64",
+        ),
     ],
 )
 def test_crosschecks(overrides: list[str], message: str) -> None:
@@ -188,6 +208,16 @@ def test_phases_keep_what_they_do_not_name() -> None:
     assert second.terms == {"ce": 2, "kl": 1, "cosine": 1}
 
 
+def test_a_default_in_place_of_a_faulty_value_is_no_fault() -> None:
+    tiny = "student={name: s, init: {architecture: llama, config: {hidden_size: 32}}}"
+    for fault in ("quantize.group_size=48", "quantize=7"):
+        found = problems(MINIMAL, tiny, fault, "evaluate.tta=swap")
+        assert [line.partition(" = ")[0] for line in found] == [
+            f"run.yaml: {fault.partition('=')[0]}",
+            "run.yaml: evaluate.tta",
+        ]
+
+
 def test_student_and_students_are_not_both_given() -> None:
     assert "give student: or students:, not both" in problems(MINIMAL + "students: [{name: x, model: y}]")[0]
 
@@ -209,6 +239,11 @@ def test_several_crosschecks_are_told_at_once() -> None:
         ["task.kind=classification", "task.labels=[n, p]"],
         ["quantize=null"],
         ["quantize.group_size=-1"],
+        ["student={name: s, init: {architecture: llama, config: {hidden_size: 48}}}", "quantize=null"],
+        [
+            "student={name: s, init: {architecture: llama, config: {hidden_size: 32}}}",
+            "quantize.group_size=-1",
+        ],
         ["student.lora=null", "student.load_in=bf16"],
     ],
 )

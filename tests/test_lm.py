@@ -15,13 +15,16 @@ import torch
 from conftest import STAGES
 from safetensors.torch import load_file
 
-from llmkd import capture, lm, run, stage
+from llmkd import capture, lm, lm_rows, run
 from llmkd.config import load, parse
 from llmkd.errors import CacheError, ConfigError, DataError, RunError
 from llmkd.generation import evaluate_lm
+from llmkd.inputs import base, prepared
+from llmkd.layout import Layout
+from llmkd.loading import load_model
 from llmkd.models.artifact import load_artifact, open_tensors
 from llmkd.models.lora import load_trained
-from llmkd.sparse import Layout
+from llmkd.settings import text_settings
 from llmkd.tasks.arena import texts
 
 SIZES = "num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 64"
@@ -105,8 +108,8 @@ def logged(root: Path) -> dict[str, float]:
 def rows(root: Path, part: str) -> tuple[Any, Any]:
     config = load(root / "lm.yaml")
     tokenizer = lm.tokenizer_of(config)
-    settings = stage.text_settings(config, config.student)
-    return lm.examples(stage.prepared(config)[0], tokenizer, part, **settings)[0], tokenizer
+    settings = text_settings(config, config.student)
+    return lm_rows.examples(prepared(config)[0], tokenizer, part, **settings)[0], tokenizer
 
 
 def causal(path: Path) -> Any:
@@ -246,13 +249,13 @@ def folds(root: Path) -> list[Path]:
 
 def test_held_out_rows_choose_each_fold_s_best_state_and_the_merge_is_the_mean(root: Path) -> None:
     """Two folds with LoRA, the teacher asked once; a learning rate that soon makes the student worse."""
-    way = ("folds.count=2", "student.lora={r: 4, alpha: 8, dropout: 0}", "distill.learning_rate=2")
+    way = ("folds.count=2", "student.lora={r: 4, alpha: 8, dropout: 0}", "distill.learning_rate=50")
     more = ("distill.evaluations=5", "distill.epochs=3", "distill.schedule=constant", "quantize=null")
     assert go(root, *way, *more) == 0
     assert [path.name for path in (root / "run/02_teachers/big").iterdir()] == ["fold0"]
     config = load(root / "lm.yaml", list(way))
     train, _ = rows_of(config, "train")
-    numbers = lm.fold_numbers(train, stage.prepared(config)[0])
+    numbers = lm_rows.fold_numbers(train, prepared(config)[0])
     judged, worse = [], 0
     for fold, path in enumerate(folds(root)):
         manifest = run.manifest(path)
@@ -281,19 +284,41 @@ def test_held_out_rows_choose_each_fold_s_best_state_and_the_merge_is_the_mean(r
     assert adapted == 7
 
 
+def test_factors_are_averaged_one_by_one(root: Path) -> None:
+    way = ("folds.count=2", "student.lora={r: 4, alpha: 8, dropout: 0}", "distill.baseline=false")
+    assert go(root, *way, "merge.how=factors", "distill.learning_rate=0.1", stages=STAGES[:5]) == 0
+    one, two = (load_file(path / "adapter/adapter_model.safetensors") for path in folds(root))
+    before = load_file(root / "run/01_pretrain/small/model/model.safetensors")
+    merged = load_file(root / "run/04_merge/model/model.safetensors")
+    adapted = [
+        name for name in merged if f"base_model.model.{name.removesuffix('weight')}lora_A.weight" in one
+    ]
+    assert len(adapted) == 7
+    for name in merged.keys() - set(adapted):
+        assert torch.equal(merged[name], before[name])
+    apart = 0.0
+    for name in adapted:
+        down, up = (f"base_model.model.{name.removesuffix('weight')}lora_{which}.weight" for which in "AB")
+        expected = 8 / 4 * ((one[up] + two[up]) / 2) @ ((one[down] + two[down]) / 2)
+        torch.testing.assert_close(merged[name] - before[name], expected, rtol=1e-4, atol=1e-6)
+        exact = 8 / 4 * (one[up] @ one[down] + two[up] @ two[down]) / 2
+        apart += float((exact - expected).norm() / exact.norm())
+    assert apart > 0.1, "the folds diverge, and then it matters"
+
+
 def test_folds_in_full_and_packed_are_averaged(root: Path) -> None:
     way = ("folds.count=2", "task.pack=true", "distill.baseline=false")
     assert go(root, *way, stages=STAGES[:5]) == 0
     config = load(root / "lm.yaml", list(way))
     train, _ = rows_of(config, "train")
-    table = stage.prepared(config)[0]
+    table = prepared(config)[0]
     counts = [run.manifest(path)["rows"]["train"] for path in folds(root)]
     assert sum(counts) == len(train.ids), "each block is one fold's"
     starts: dict[str, set[int]] = {}
     for text, fold in zip(table["text"].to_pylist(), table["fold"].to_pylist(), strict=True):
         starts.setdefault(text[:12], set()).add(fold)
     tokenizer = lm.tokenizer_of(config)
-    for row, fold in enumerate(lm.fold_numbers(train, table)):
+    for row, fold in enumerate(lm_rows.fold_numbers(train, table)):
         ids, places = (train.inputs(np.array([row]))[name][0] for name in ("input_ids", "position_ids"))
         for at in torch.nonzero(places == 0)[1:, 0].tolist():  # the first may be the rest of a text
             said = tokenizer.decode(ids[at : at + 12], skip_special_tokens=True)[:12]
@@ -307,13 +332,13 @@ def test_folds_in_full_and_packed_are_averaged(root: Path) -> None:
 
 def rows_of(config: Any, part: str) -> tuple[Any, Any]:
     tokenizer = lm.tokenizer_of(config)
-    settings = stage.text_settings(config, config.student)
-    return lm.examples(stage.prepared(config)[0], tokenizer, part, **settings)
+    settings = text_settings(config, config.student)
+    return lm_rows.examples(prepared(config)[0], tokenizer, part, **settings)
 
 
 def lm_student(config: Any, fold: Path) -> Any:
-    source = stage.base(config, config.student)[0]
-    model, _ = stage.load_model(config, config.student, source, (), "fp32")
+    source = base(config, config.student)[0]
+    model, _ = load_model(config, config.student, source, (), "fp32")
     load_trained(model, fold / "adapter")
     return model
 
@@ -362,9 +387,9 @@ def test_what_a_cache_was_not_made_from_is_refused(root: Path) -> None:
     config, (train, tokenizer) = load(root / "lm.yaml"), rows(root, "train")
     more = (config, config.distill, ["big"])
     assert set(lm.open_caches(*more, tokenizer, train)) == {"big"}
-    table = stage.prepared(config)[0]
-    settings = stage.text_settings(config, config.student)
-    shorter, _ = lm.examples(table, tokenizer, "train", **{**settings, "max_tokens": 40})
+    table = prepared(config)[0]
+    settings = text_settings(config, config.student)
+    shorter, _ = lm_rows.examples(table, tokenizer, "train", **{**settings, "max_tokens": 40})
     with pytest.raises(CacheError, match="was cached with other tokens"):
         lm.open_caches(*more, tokenizer, shorter)
     tokenizer.chat_template = "{{ messages }}"
@@ -390,11 +415,13 @@ def test_what_does_not_fit_is_one_line(
     assert told in lines[0]
 
 
-def test_a_changed_byte_in_a_shard_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_changed_byte_or_a_lost_end_of_a_shard_is_named(
+    cut: bool, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = root / "run/02_teachers/big/fold0/cache/shard-00000.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
+    content = path.read_bytes()
+    path.write_bytes(content[:-5] if cut else content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
     assert go(root, "distill.epochs=2", stages=("03_distill",)) == 2
     assert str(path) in capsys.readouterr().err
 
@@ -489,14 +516,14 @@ def test_a_column_without_chats_is_named() -> None:
     import pyarrow as pa
 
     with pytest.raises(DataError, match="train: no column 'talk'"):
-        lm.chats_as_text(pa.table({"text": ["a"]}), "talk", "train")
+        lm_rows.chats_as_text(pa.table({"text": ["a"]}), "talk", "train")
     with pytest.raises(DataError, match="train: row 1 of 'talk' is no list of role and content"):
-        lm.chats_as_text(pa.table({"talk": ["[]", "hello"]}), "talk", "train")
+        lm_rows.chats_as_text(pa.table({"talk": ["[]", "hello"]}), "talk", "train")
 
 
 def test_pretraining_never_reads_a_test_text(made: Path) -> None:
-    table = stage.prepared(load(made / "lm.yaml"))[0]
-    held = lm.plain_texts(table, False, "test")
-    assert lm.without_test_texts(["new", f"  {held[0].upper()} "], table, False) == ["new"]
+    table = prepared(load(made / "lm.yaml"))[0]
+    held = lm_rows.plain_texts(table, False, "test")
+    assert lm_rows.without_test_texts(["new", f"  {held[0].upper()} "], table, False) == ["new"]
     with pytest.raises(DataError, match="every text is a test row's"):
-        lm.without_test_texts(held, table, False)
+        lm_rows.without_test_texts(held, table, False)

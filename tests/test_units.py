@@ -10,7 +10,7 @@ from llmkd import run, units
 from llmkd.config import load
 from llmkd.errors import RunError
 from llmkd.schema import Config
-from llmkd.stage import seed_of
+from llmkd.settings import seed_of
 
 
 def config(directory: Path, *overrides: str) -> Config:

@@ -92,6 +92,8 @@ def test_every_exit_is_judged_and_the_shallow_ones_are_shorter(copy: Path) -> No
     assert set(found["outputs"]) == {"exit 1"}
     assert found["outputs"]["exit 1"]["rows"] == 40
     assert found["outputs"]["exit 1"]["log_loss"] != found["merged"]["log_loss"]
+    assert 0 < found["outputs"]["exit 1"]["accuracy"] <= 1
+    assert found["outputs"]["exit 1"]["rows_per_second"] > 0
     assert {"exit1/ce", "exit1/kl", "ce"} <= logged(copy)
 
 
@@ -109,11 +111,14 @@ def test_phases_follow_one_another(copy: Path) -> None:
     assert soft["steps"] > hard["steps"], "the first phase reads the test rows' soft labels too"
 
 
-def test_fitted_weights_are_in_the_manifest(copy: Path) -> None:
+def test_fitted_weights_are_in_the_manifest_and_the_report(copy: Path) -> None:
     go_on(copy, "distill.weighting=fitted")
     found = run.manifest(copy / "03_distill/gemma/fold1")["metrics"]
     assert set(found["teacher_weights"]) == set(found["teacher_temperatures"]) == {"llama", "qwen"}
     assert sum(found["teacher_weights"].values()) == pytest.approx(1)
+    page = (copy / "report.html").read_text(encoding="utf-8")
+    for name, weight in found["teacher_weights"].items():
+        assert f"{weight:.3f}, T = {found['teacher_temperatures'][name]:.2f}" in page
 
 
 def test_a_chain_s_students_teach_one_another_out_of_fold(copy: Path) -> None:
@@ -252,27 +257,3 @@ def test_two_heads_are_judged_each_and_their_mean(table_run: tuple[Path, Path]) 
     assert set(found["outputs"]) == {"hard", "soft", "mean"}
     assert found["outputs"]["mean"]["log_loss"] == pytest.approx(found["merged"]["log_loss"])
     assert len({output["log_loss"] for output in found["outputs"].values()}) == 3
-
-
-def test_images_through_an_mlp(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    for name, rows in (("train", 60), ("test", 20)):
-        labels = random.integers(0, 2, rows)
-        pixels = random.integers(0, 80, (rows, 6, 5)) + 150 * labels[:, None, None]
-        frame = pd.DataFrame({"image": [row.astype(np.uint8).tobytes() for row in pixels], "label": labels})
-        frame.to_parquet(tmp_path / f"{name}.parquet")
-    path = tmp_path / "image.yaml"
-    net = "init: {architecture: llmkd-mlp, config: {hidden_sizes: [8]}}"
-    path.write_text(
-        f"run: {tmp_path}/run\nprecision: fp32\nquantize: null\nfolds: {{count: 1}}\n"
-        f"task: {{kind: image, train: {tmp_path}/train.parquet, test: {tmp_path}/test.parquet, "
-        "labels: [dark, light], image: {shape: [6, 5], shift: 1}}\n"
-        f"teachers: [{{name: big, {net}, learning_rate: 1.0e-2, epochs: 20, batch_rows: 16}}]\n"
-        f"student: {{name: small, {net}}}\n"
-        "distill: {terms: {ce: 0.3, kl: 0.7, cosine: 0}, temperature: 20, normalize: false, "
-        "epochs: 20, learning_rate: 1.0e-2, batch_rows: 16}\n"
-    )
-    all_stages(path)
-    found = json.loads((tmp_path / "run" / "06_evaluate" / "metrics.json").read_text())
-    assert found["merged"]["auc"] == 1
-    assert (tmp_path / "run/04_merge/model/features.json").is_file()

@@ -1,0 +1,85 @@
+"""Images through the stages: shifted for all, or for the teacher alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from test_ways import all_stages, logged
+
+from llmkd import logits
+from llmkd.config import load
+from llmkd.loading import examples_of, load_base
+from llmkd.models.lora import load_trained
+from llmkd.train import predict
+
+IMAGES = """
+run: {root}/run
+precision: fp32
+quantize: null
+folds: {{count: 1}}
+task:
+  kind: image
+  train: {root}/train.parquet
+  test: {root}/test.parquet
+  labels: [dark, light]
+  image: {{shape: [6, 5]}}
+teachers: [{{name: big, NET, learning_rate: 1.0e-2, epochs: 20, batch_rows: 16}}]
+student: {{name: small, NET}}
+distill:
+  terms: {{ce: 0.3, kl: 0.7, cosine: 0}}
+  temperature: 20
+  normalize: false
+  epochs: 20
+  learning_rate: 1.0e-2
+  batch_rows: 16
+""".replace("NET", "init: {{architecture: llmkd-mlp, config: {{hidden_sizes: [8]}}}}")
+
+
+@pytest.fixture
+def image_run(tmp_path: Path) -> tuple[Path, Path]:
+    random = np.random.default_rng(0)
+    for name, rows in (("train", 60), ("test", 20)):
+        labels = random.integers(0, 2, rows)
+        pixels = random.integers(0, 80, (rows, 6, 5)) + 150 * labels[:, None, None]
+        frame = pd.DataFrame({"image": [row.astype(np.uint8).tobytes() for row in pixels], "label": labels})
+        frame.to_parquet(tmp_path / f"{name}.parquet")
+    path = tmp_path / "image.yaml"
+    path.write_text(IMAGES.format(root=tmp_path))
+    return path, tmp_path / "run"
+
+
+def test_images_through_an_mlp(image_run: tuple[Path, Path]) -> None:
+    path, directory = image_run
+    all_stages(path, "task.image.shift=1")
+    found = json.loads((directory / "06_evaluate" / "metrics.json").read_text())
+    assert found["merged"]["auc"] == 1
+    assert (directory / "04_merge/model/features.json").is_file()
+
+
+def test_a_teacher_s_own_shift_moves_its_training_images_and_nothing_else(
+    image_run: tuple[Path, Path],
+) -> None:
+    """Neither the student's images nor those of which the cache tells."""
+    path, directory = image_run
+    all_stages(path, "teachers.big.shift=2")
+    config, labels = load(path, ["teachers.big.shift=2"]), ["dark", "light"]
+    table = pq.read_table(directory / "00_prepare" / "rows.parquet")
+    network, spec = load_base(
+        config, config.models[0], str(directory / "01_pretrain/big/model"), labels, "fp32"
+    )
+    moved, still = (examples_of(config, model, table, spec) for model in config.models)
+    assert still.augment is None
+    assert moved.augment is not None
+    some = moved.inputs(np.arange(60))  # pixels (60, 6, 5)
+    assert not torch.equal(moved.augment(some)["pixels"], some["pixels"])
+    left = directory / "02_teachers" / "big" / "fold0"
+    load_trained(network, left / "adapter")
+    seen = np.flatnonzero(table["part"].to_numpy() == "train")
+    ids = table["id"].take(seen).to_pylist()
+    cached = logits.read(left / "logits.parquet", "in_sample", ids, labels=labels)
+    np.testing.assert_allclose(cached, predict(network, still, seen, batch_tokens=64), atol=1e-5)
+    assert set(logged(directory, "small")) == {"ce", "kl/big"}
