@@ -1,11 +1,12 @@
 """make soak: all stages, killed with -9 at random moments and started again by the same command.
 
     python benchmarks/soak.py --kills 100 --config tests/tiny.yaml teachers.llama.epochs=4
-    python benchmarks/soak.py --kills 10 --ranks 2 --longest 40 teachers.llama.epochs=4
+    python benchmarks/soak.py --kills 100 --ranks 2 --spread teachers.llama.epochs=4
 
 Each time a run is whole it is compared with one that nothing disturbed, and the next one begins: bit by bit,
 or to 1e-6 with several ranks, which a kill meets all at once. Exit code 1 where anything differs. The moments
-are drawn from --seed.
+are drawn from --seed: seconds after a start, or with --spread a moment of each stage in turn, so that short
+ones are met as often as long ones.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from llmkd.verify import verify_run
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("00_prepare", "01_pretrain", "02_teachers", "03_distill", "04_merge", "05_quantize", "06_evaluate")
+BEGUN = "begun.txt"  # which stages an attempt has come to, and when
+NONE: dict[str, float] = {}
 CLOCK = ("second", "latency", "time")  # figures that are of the machine, and differ from run to run
 
 
@@ -54,6 +58,8 @@ def start(args: argparse.Namespace, run: Path) -> tuple[int, int]:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     for name in STAGES:
+        with (args.directory / BEGUN).open("a") as file:
+            print(name, time.monotonic(), file=file)
         argv = [f"stages/{name}.py", "--config", args.config, f"run={run}", *args.overrides]
         if code := stage(argv) if args.ranks == 1 else launched(argv, args.ranks):
             os._exit(code)
@@ -90,11 +96,20 @@ def launched(argv: list[str], world: int) -> int:
     return next((code for code in codes if code), 0)  # at once: `wait` ends the ranks that are left
 
 
-def wait(process: int, ends: int, seconds: float | None) -> int:
-    """The exit code of a process group; of one that was killed because it ran longer, -9."""
-    until = time.monotonic() + (seconds if seconds is not None else float("inf"))
+def begun(args: argparse.Namespace) -> dict[str, float]:
+    """When each stage of this attempt began, on the clock of `time.monotonic`."""
+    path = args.directory / BEGUN
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {name: float(when) for name, when in (line.split() for line in lines)}
+
+
+def wait(process: int, ends: int, seconds: float, ready: Callable[[], bool]) -> int:
+    """The exit code of a process group; of one that was killed because it ran for longer once `ready`, -9."""
+    until = float("inf")
     done, status = 0, 0
     while not done and time.monotonic() < until:
+        if until == float("inf") and ready():
+            until = time.monotonic() + seconds
         time.sleep(0.005)
         done, status = os.waitpid(process, os.WNOHANG)
     with suppress(ProcessLookupError):  # all of it, also the ranks that a failed one left waiting
@@ -107,21 +122,24 @@ def wait(process: int, ends: int, seconds: float | None) -> int:
 
 
 def disturbed(
-    args: argparse.Namespace, run: Path, moments: random.Random, left: int
+    args: argparse.Namespace, run: Path, moments: random.Random, left: int, lasts: dict[str, float] = NONE
 ) -> tuple[list[float], Counter[str]]:
     """One run to its end, killed at most `left` times. Returns the seconds each attempt lasted, and the
-    stages that the kills met."""
+    stages that the kills met. lasts: how long each stage is, for --spread."""
     spent, met = list[float](), Counter[str]()
     while True:
+        (args.directory / BEGUN).unlink(missing_ok=True)
+        after = [*STAGES, "none"][min(len(spent), len(STAGES))] if args.spread else STAGES[0]
+        longest = lasts[after] if args.spread and after in lasts else args.longest
         began = time.monotonic()
-        code = wait(*start(args, run), moments.uniform(0, args.longest) if len(spent) < left else None)
+        seconds = moments.uniform(0, longest) if len(spent) < left else float("inf")
+        code = wait(*start(args, run), seconds, lambda after=after: after in begun(args))
         spent.append(time.monotonic() - began)
         if code == 0:
             return spent, met
         if code != -signal.SIGKILL:
             sys.exit(f"a restart ended with code {code}; see {args.directory / 'log.txt'}")
-        begun = [stage for stage in STAGES if any(run.glob(f"{stage}*"))]
-        met[begun[-1] if begun else STAGES[0]] += 1
+        met[[STAGES[0], *begun(args)][-1]] += 1
 
 
 def differences(one: Path, two: Path, within: float) -> list[str]:
@@ -168,6 +186,7 @@ def main() -> None:
     parser.add_argument("--config", default="tests/tiny.yaml")
     parser.add_argument("--directory", type=Path, default=Path("runs/soak"))
     parser.add_argument("--longest", type=float, default=10, help="seconds until a kill, at most")
+    parser.add_argument("--spread", action="store_true", help="one a stage, whatever it lasts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
@@ -179,18 +198,20 @@ def main() -> None:
     reference = args.directory / "undisturbed"
     (whole,), _ = disturbed(args, reference, moments, 0)
     print(f"undisturbed: {whole:.0f} s", flush=True)
+    began = [*begun(args).values(), time.monotonic()]
+    lasts = dict(zip(STAGES, np.diff(began).tolist(), strict=True))
     kills, lost, found, stages = 0, 0.0, 0, Counter[str]()
     while kills < args.kills:
         run = args.directory / "killed"
         shutil.rmtree(run, ignore_errors=True)
-        spent, met = disturbed(args, run, moments, args.kills - kills)
+        spent, met = disturbed(args, run, moments, args.kills - kills, lasts)
         stages += met
         kills, lost = kills + len(spent) - 1, lost + sum(spent) - whole
         apart = differences(reference, run, 0 if args.ranks == 1 else 1e-6)
         found += len(apart)
         print(*apart, f"{kills} kills, {len(apart)} differences", sep="\n", flush=True)
+        print(*(f"{count} in {stage}" for stage, count in sorted(stages.items())), sep=", ", flush=True)
     print(f"{kills} kills, {lost / kills:.1f} s lost per kill (starting again included), {found} differences")
-    print(*(f"{count} in {stage}" for stage, count in sorted(stages.items())), sep=", ")
     sys.exit(bool(found))
 
 

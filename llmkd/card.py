@@ -16,13 +16,13 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CLASSIFYING = """```python
 from transformers import pipeline
 
-classify = pipeline("text-classification", model="{name}", top_k=None)
+classify = pipeline("text-classification", model="{name}", top_k=None{trust})
 print(classify("the text, in the template the model was trained on"))
 ```"""
 WRITING = """```python
 from transformers import pipeline
 
-write = pipeline("text-generation", model="{name}")
+write = pipeline("text-generation", model="{name}"{trust})
 print(write("the beginning of a text"))
 ```"""
 FILES = """Over a file of raw rows (.csv, .jsonl, .parquet), in its own template, both orders of a pair
@@ -33,7 +33,7 @@ from pathlib import Path
 
 from llmkd.predicting import predict_file
 
-predict_file(Path("{name}"), "rows.csv", Path("predictions.parquet"))
+predict_file(Path("{name}"), "rows.csv", Path("predictions.parquet"){trust})
 ```"""
 PACKED = """Packed GPTQ weights need `pip install optimum gptqmodel` in transformers. On a CPU, without them
 and at the speed of a float model:
@@ -41,8 +41,10 @@ and at the speed of a float model:
 ```python
 from llmkd.models.artifact import load_artifact
 
-model, tokenizer = load_artifact("{name}"{causal})
+model, tokenizer = load_artifact("{name}"{causal}{trust})
 ```"""
+TRUSTED = """Its architecture is Python code that lies beside the weights: read it, then load with
+`trust_remote_code=True` (`llmkd predict --trust-remote-code`)."""
 SCORED = ("log_loss", "accuracy", "ece", "auc", "amex")
 LIMITS = (
     "It repeats the errors and the preferences of its teachers and of those who labelled the rows.",
@@ -57,6 +59,7 @@ def of_config(
     """The keyword arguments of `write_card` for a run's artifact; with its metrics.json, scores too."""
     asked, distill = config.quantize, config.distill_of(config.student)
     kind = config.task.kind
+    trusted = [one.name for one in config.models if one.trust_remote_code]
     of = kind if config.student.is_net else "text"
     name = "quantized" if asked else "merged"
     scores = {
@@ -88,6 +91,9 @@ def of_config(
                 else {}
             ),
             **({} if kind == "causal_lm" else {"labels": ", ".join(labels)}),
+            **(
+                {"run with code of their own": f"{', '.join(trusted)} (trust_remote_code)"} if trusted else {}
+            ),
         },
         "about": _about(config),
         "scores": scores,
@@ -95,6 +101,7 @@ def of_config(
         "base_model": config.student.model,
         "bits": asked.bits if asked else None,
         "task": "text-generation" if kind == "causal_lm" else f"{of}-classification",
+        "trust_remote_code": config.student.trust_remote_code,
         "plain": not (config.student.init and config.student.init.architecture.startswith(NET)),
     }
 
@@ -123,6 +130,7 @@ def write_card(
     bits: int | None = None,
     task: str = "text-classification",
     plain: bool = True,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write `path`/README.md and return it.
 
@@ -138,6 +146,7 @@ def write_card(
         bits: of the packed weights; None for a float model.
         task: the hub's name of what it does.
         plain: whether transformers loads it without this package.
+        trust_remote_code: whether loading it runs Python code that lies beside its weights.
     """
     causal = task == "text-generation"
     parts = [
@@ -145,7 +154,7 @@ def write_card(
         f"# {title}",
         about or f"A {'language model' if causal else 'classifier'}, distilled from larger teachers.",
         _section("How it was made", _lines(facts)),
-        _section("How to load it", _loading(title, bits, causal, plain)),
+        _section("How to load it", _loading(title, bits, causal, plain, trust_remote_code)),
         _section(
             "Scores on held-out rows",
             _lines({name: f"{value:.4f}" for name, value in (scores or {}).items()}),
@@ -191,9 +200,12 @@ def _figure(value: str | float | int) -> str:
     return f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
 
 
-def _loading(title: str, bits: int | None, causal: bool, plain: bool) -> str:
+def _loading(title: str, bits: int | None, causal: bool, plain: bool, trust: bool) -> str:
     name = re.sub(r"[^\w.-]+", "-", title).strip("-").lower()
     packed = PACKED.replace("{causal}", ", causal=True" if causal else "")
     parts = [*([WRITING if causal else CLASSIFYING] if plain else []), *([packed] if bits else [])]
     parts += [] if causal else [FILES]
-    return "\n\n".join(part.replace("{name}", name) for part in parts)
+    code = "\n\n".join(part.replace("{name}", name) for part in parts)
+    if not trust:
+        return code.replace("{trust}", "")
+    return f"{TRUSTED}\n\n{code.replace('{trust}', ', trust_remote_code=True')}"

@@ -1,6 +1,7 @@
 """A training's checkpoint: one safetensors file, found whole or not at all.
 
-Its name ends in the digest of its bytes: what a full disk, a kill or a flipped bit left is never read.
+Its name ends in the digest of its bytes: what a full disk, a kill or a flipped bit left is never read. It
+also says which unit it is of, and of which part of it: a whole one of another run is not gone on with.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from llmkd import ranks
 from llmkd.digests import file_entry
+from llmkd.run import CHECKPOINT, NOTE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,7 +34,7 @@ def write(directory: Path, step: int, tensors: dict[str, Tensor], facts: dict[st
     directory.mkdir(parents=True, exist_ok=True)
     beside = directory / "next.tmp"
     whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(whole, beside, metadata={"facts": json.dumps(facts)})
+    save_file(whole, beside, metadata={"facts": json.dumps(facts), "place": _place(directory)})
     with beside.open("rb") as file:
         os.fsync(file.fileno())
     path = directory / f"step{step:09d}-{file_entry(beside)['sha256']}.safetensors"
@@ -59,11 +61,33 @@ def _last(directory: Path) -> str | None:
         return None
     for path in sorted(directory.iterdir(), reverse=True):
         match = NAME.fullmatch(path.name)
-        if match and file_entry(path)["sha256"] == match[2]:
+        if not match:
+            continue
+        damaged = file_entry(path)["sha256"] != match[2]
+        if not damaged and _told(path) == _place(directory):
             return path.name
-        if match:
-            print(f"{path}: damaged (sha256), left aside: this training goes on from before it", flush=True)
+        why = "damaged (sha256)" if damaged else "not this unit's own"
+        print(f"{path}: {why}, left aside: this training goes on from before it", flush=True)
     return None
+
+
+def _place(directory: Path) -> str:
+    """What a checkpoint's unit is made from, and where in it the checkpoint lies; "" outside a run's unit."""
+    for unit in (directory, *directory.parents):
+        if unit.name == CHECKPOINT and (unit / NOTE).is_file():
+            return f"{(unit / NOTE).read_text(encoding='utf-8')} {directory.relative_to(unit).as_posix()}"
+    return ""
+
+
+def _told(path: Path) -> str | None:
+    """The place that a checkpoint says it is of; None of a file that is none, whatever it is called."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("place")
+    except SafetensorError:
+        return None
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

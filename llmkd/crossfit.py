@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from llmkd import folds, logits, ranks
 from llmkd.batches import Examples, Rows, padding_share, sorted_batches, token_examples
+from llmkd.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,10 @@ def text_examples(
     encode = encoder(
         tokenizer, kind, template=template, max_tokens=max_tokens, max_words=max_words, extra=extra
     )
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: its tokenizer has no pad token; set one and save it again"
+        )
     tokens, offsets = encode_rows(table, encode)
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     return token_examples(table["id"].to_pylist(), tokens, offsets, training_labels(table), pad)
@@ -130,11 +135,13 @@ def fit_fold(
     method, examples = fits[-1].method, fits[-1].examples
     rows = {view: at for view, at in view_rows(table, fold, count).items() if view in views and len(at)}
     budget = int(fits[-1].batching["batch_tokens"])
-    _leave(model, examples, rows, directory, name, labels, budget, precision, checkpoints)
+    minutes = float(fits[-1].batching.get("checkpoint_minutes", 10))
+    _leave(model, examples, rows, directory, name, labels, budget, precision, checkpoints, minutes)
     for peer, network in list(getattr(method, "peers", {}).items())[1:]:
         (directory / "peers" / peer).mkdir(parents=True, exist_ok=True)
         own = replace(examples, inputs=examples.beside.get(peer, examples.inputs))
-        _leave(network, own, rows, directory / "peers" / peer, peer, labels, budget, precision, checkpoints)
+        beside = directory / "peers" / peer
+        _leave(network, own, rows, beside, peer, labels, budget, precision, checkpoints, minutes)
     if getattr(method, "exits", None) is not None:
         from llmkd.models.exits import save_exits
 
@@ -184,6 +191,7 @@ def _leave(
     batch_tokens: int,
     precision: str,
     checkpoints: Path | None,
+    minutes: float,
 ) -> None:
     """What a fold leaves of one model: what it learnt, and its logits on the rows of each view."""
     from llmkd.models.lora import save_trained, trainable_state
@@ -192,7 +200,7 @@ def _leave(
     found = {}
     for view, at in rows.items():
         keep = checkpoints / "logits" / name / view if checkpoints else None
-        found[view] = predict(model, examples, at, batch_tokens, precision, keep=keep)
+        found[view] = predict(model, examples, at, batch_tokens, precision, keep=keep, keep_minutes=minutes)
     state = trainable_state(model)
     if ranks.is_main():
         save_trained(model, state, directory / "adapter")

@@ -118,6 +118,7 @@ def artifact_logits(
     batch_tokens: int,
     precision: str = "fp32",
     text: Mapping[str, Any],
+    trust_remote_code: bool = False,
 ) -> tuple[Logits, dict[str, float], dict[str, tuple[Logits, float]]]:
     """Logits (N, C) of all rows of a prepared table by a model directory, loaded from disk; its speed; and
     where it has several outputs (exits, heads) each one's logits and rows a second, by name.
@@ -135,7 +136,8 @@ def artifact_logits(
 
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     # one arithmetic for all artifacts, or drift would measure rounding and not quantization
-    model, reader = load_artifact(path, device=device, dtype=torch.float32 if precision == "fp32" else None)
+    dtype = torch.float32 if precision == "fp32" else None
+    model, reader = load_artifact(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if isinstance(reader, dict):  # a net's features
         examples = features.examples(table, reader, table["id"].to_pylist(), training_labels(table))
     else:

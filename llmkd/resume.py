@@ -189,27 +189,28 @@ def _schedule(trainer: StepTrainer) -> Any:
 
 def keeping(
     directory: Path | None, minutes: float
-) -> tuple[dict[int, NDArray[np.float32]], Callable[[], None]]:
+) -> tuple[dict[int, NDArray[np.float32]], Callable[[bool], None]]:
     """Logits by row that an interrupted prediction left, of all its ranks; and what saves this rank's.
 
-    The second is called after each batch, and writes every `minutes`.
+    The second is called after each batch, and writes every `minutes`; told that it was the last, it writes
+    what is not yet on the disk.
     """
     found: dict[int, NDArray[np.float32]] = {}
     if directory is None:
-        return found, lambda: None
+        return found, lambda last: None
     ranks_before = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     for name in ranks.gather(ranks_before)[0]:
         if saved := checkpoint.read(directory / name):
             found |= zip(saved[0]["rows"].tolist(), saved[0]["logits"].numpy(), strict=True)
     ranks.barrier()  # no rank writes before all have read
-    own, last = directory / f"rank{ranks.rank()}", time.monotonic()
+    own, when, count = directory / f"rank{ranks.rank()}", time.monotonic(), len(found)
 
-    def save() -> None:
-        nonlocal last
-        if time.monotonic() - last >= 60 * minutes:
+    def save(last: bool) -> None:
+        nonlocal when, count
+        if len(found) > count and (last or time.monotonic() - when >= 60 * minutes):
             rows, logits = torch.tensor(list(found)), torch.from_numpy(np.stack(list(found.values())))
             checkpoint.write(own, len(found), {"rows": rows, "logits": logits}, {})
-            last = time.monotonic()
+            when, count = time.monotonic(), len(found)
 
     return found, save
 

@@ -29,6 +29,7 @@ from llmkd.errors import RunError
 
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"  # what a unit in the making keeps for the process that goes on with it
+NOTE = "fingerprint"  # in there: what that unit is made from
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "optimum", "gptqmodel", "llmkd")
 
 
@@ -171,7 +172,7 @@ def writing(
 
 def _begin(unit: Unit, mark: str) -> None:
     """An empty unit, but for the checkpoints of one that was to be made from the same."""
-    note = unit.checkpoints / "fingerprint"
+    note = unit.checkpoints / NOTE
     if note.is_file() and note.read_text(encoding="utf-8") == mark:
         for path in unit.path.iterdir():
             if path.is_dir() and path != unit.checkpoints:

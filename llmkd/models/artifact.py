@@ -26,6 +26,7 @@ BITS = (4, 8)
 # What a format adds to a stored zero point. v1 stores them less one, in whole words: the borrow between
 # neighbouring values is undone by adding to whole words too.
 ZERO_OFFSETS = {"gptq": {4: 0x11111111, 8: 0x01010101}, "gptq_v2": {4: 0, 8: 0}}
+BLOCK = 8  # packed words unpacked at a time: few enough that no second copy of a layer stands beside it
 UNLOADABLE = (OSError, ValueError, LookupError, RuntimeError, ImportError, AttributeError)
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -43,16 +44,18 @@ def load_artifact(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     causal: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | dict[str, Any]]:
     """A classifier (or a causal LM) and its tokenizer from a Hugging Face directory, in evaluation mode.
 
     One of the package's nets comes with its features' spec in place of a tokenizer.
 
     Args:
-        path: the directory. Only safetensors are read, and no code from it is run.
+        path: the directory. Only safetensors are read.
         device: a GPTQ-quantized model is unpacked to float on a CPU and stays packed elsewhere.
         dtype: of the weights; by default float32 for an unpacked model, else the one it was saved in.
         causal: whether it is a language model.
+        trust_remote_code: whether Python code that lies in the directory may be run.
 
     Raises ModelError for a missing or damaged directory, no tokenizer, weights that are missing,
     unexpected or of the wrong shape (the head's among them), and for quantized formats other than GPTQ.
@@ -60,17 +63,20 @@ def load_artifact(
     import torch
 
     from llmkd import features
-    from llmkd.models.load import register_nets
+    from llmkd.models.hub import register_nets, say_trusted
 
     register_nets()
+    if trust_remote_code:
+        say_trusted(str(path))
     directory = Path(path)
     packing = read_json(directory / "config.json").get("quantization_config")
     weight_files(directory)
-    reader = features.load(directory) if (directory / features.FILE).is_file() else _tokenizer(directory)
+    is_net = (directory / features.FILE).is_file()
+    reader = features.load(directory) if is_net else _tokenizer(directory, trust_remote_code)
     if packing and packing.get("quant_method") == "gptq" and torch.device(device).type == "cpu":
-        model = _load_unpacked(directory, packing, dtype or torch.float32, causal)
+        model = _load_unpacked(directory, packing, dtype or torch.float32, causal, trust_remote_code)
     else:
-        model = _load_stored(directory, device, dtype, causal)
+        model = _load_stored(directory, device, dtype, causal, trust_remote_code)
     model.train(False)
     return model, reader
 
@@ -126,25 +132,34 @@ def open_tensors(directory: Path) -> Iterator[dict[str, Callable[[], torch.Tenso
         yield tensors
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(directory: Path, trust: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not any(any(directory.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise ModelError(f"{directory} has no tokenizer; save the tokenizer beside the model")
     load = AutoTokenizer.from_pretrained
     tokenizer: PreTrainedTokenizerBase = _checked(
-        directory, lambda: load(directory, local_files_only=True, trust_remote_code=False)
+        directory, lambda: load(directory, local_files_only=True, trust_remote_code=trust), trust
     )
     return tokenizer
 
 
-def _checked(directory: Path, load: Callable[[], Any]) -> Any:
+def _checked(directory: Path, load: Callable[[], Any], trust: bool = False) -> Any:
     """The result of `load`; what the libraries raise about a directory becomes one line that names it."""
     from safetensors import SafetensorError
 
+    from llmkd.models.hub import wants_trust
+
+    raised = (Exception,) if trust else (*UNLOADABLE, SafetensorError)  # code of others' may raise anything
     try:
         return load()
-    except (*UNLOADABLE, SafetensorError) as error:
+    except raised as error:
+        if wants_trust(error):
+            raise ModelError(
+                f"{directory} cannot be loaded: it needs Python code that lies in it, and none is run "
+                "unasked; read it, then say --trust-remote-code to llmkd predict or evaluate, in Python "
+                "trust_remote_code=True"
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{directory} cannot be loaded: {type(error).__name__}: {reason}") from error
 
@@ -155,7 +170,7 @@ def is_causal(path: Path) -> bool:
 
 
 def _load_stored(
-    directory: Path, device: str | torch.device, dtype: torch.dtype | None, causal: bool
+    directory: Path, device: str | torch.device, dtype: torch.dtype | None, causal: bool, trust: bool
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -168,33 +183,38 @@ def _load_stored(
             device_map={"": device},
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=False,  # not None, which asks on the terminal
+            trust_remote_code=trust,  # never None, which asks on the terminal
             output_loading_info=True,
         ),
+        trust,
     )
     _check_complete(directory, loading, causal)
     return model  # type: ignore[no-any-return]
 
 
 def _load_unpacked(
-    directory: Path, packing: Mapping[str, Any], dtype: torch.dtype, causal: bool
+    directory: Path, packing: Mapping[str, Any], dtype: torch.dtype, causal: bool, trust: bool
 ) -> PreTrainedModel:
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         AutoConfig,
     )
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     bits, offset = _format(directory, packing)
     config = _checked(
         directory,
-        lambda: AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False),
+        lambda: AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trust),
+        trust,
     )
     del config.quantization_config
     mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    if type(config) not in mapping:
+    auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
+    own = (getattr(config, "auto_map", None) or {}).get(auto) if trust else None
+    if type(config) not in mapping and own is None:
         raise ModelError(f"{directory}: {config.model_type} has no {_kind(causal)}; name another model")
-    kind = mapping[type(config)]
+    kind: Any = get_class_from_dynamic_module(own, str(directory)) if own else mapping[type(config)]
     state = _unpacked_state(directory, bits, offset, dtype)
     # The model takes the tensors over rather than copies them, so this holds the weights once.
     model, loading = _checked(
@@ -202,6 +222,7 @@ def _load_unpacked(
         lambda: kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         ),
+        trust,
     )
     _check_complete(directory, loading, causal)
     return model  # type: ignore[no-any-return]
@@ -219,14 +240,15 @@ def _format(directory: Path, packing: Mapping[str, Any]) -> tuple[int, int]:
 
 def _unpacked_state(directory: Path, bits: int, offset: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Every weight by the name it has in the float model; packed layers are unpacked one by one."""
-    with open_tensors(directory) as tensors:
+    # Opened twice: the model keeps views of the mapped file, and of the same mapping also the packed pages.
+    with open_tensors(directory) as plain, open_tensors(directory) as tensors:
         packed = {name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in PACKED}
         if not packed:
             raise ModelError(f"{directory} says it is quantized but holds no qweight; quantize it again")
-        plain = [name for name in tensors if name.rpartition(".")[2] not in PACKED]
-        state = {name: _cast(tensors[name](), dtype) for name in plain}
+        kept = [name for name in plain if name.rpartition(".")[2] not in PACKED]
+        state = {name: _cast(plain[name](), dtype) for name in kept}
         for layer in sorted(packed):
-            state[f"{layer}.weight"] = unpack_layer(layer, tensors, bits, offset).T.to(dtype).contiguous()
+            state[f"{layer}.weight"] = unpack_layer(layer, tensors, bits, offset, dtype).T
     return state
 
 
@@ -235,27 +257,38 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def unpack_layer(
-    layer: str, tensors: Mapping[str, Callable[[], torch.Tensor]], bits: int, offset: int = 0
+    layer: str,
+    tensors: Mapping[str, Callable[[], torch.Tensor]],
+    bits: int,
+    offset: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """One packed layer as float32 [in, out]: scales[g] * (q - zeros[g]) with g = g_idx[input].
+    """One packed layer [in, out], transposed in memory: scales[g] * (q - zeros[g]) with g = g_idx[input].
 
-    `offset` is added to the words of the zero points (see ZERO_OFFSETS). Raises ModelError where one of
-    the four tensors is missing or their shapes do not belong together.
+    `offset` is added to the words of the zero points (see ZERO_OFFSETS). Computed in float32, a block of
+    inputs at a time, and held in `dtype`, by default float32. Raises ModelError where one of the four
+    tensors is missing or their shapes do not belong together.
     """
+    import torch
+
     missing = [part for part in PACKED if f"{layer}.{part}" not in tensors]
     if missing:
         raise ModelError(f"packed layer {layer} lacks {missing[0]}; quantize the model again")
     words, zero_words, scales, groups = (tensors[f"{layer}.{part}"]() for part in PACKED)
-    values = unpack_words(words, bits)
     zeros = unpack_words((zero_words + offset).T, bits).T
-    groups = groups.long()
-    fit = values.shape == (len(groups), scales.shape[1]) and zeros.shape == scales.shape
-    if not fit or not 0 <= groups.min() <= groups.max() < len(scales):
+    groups, size = groups.long(), 32 // bits
+    fit = (len(words) * size, words.shape[1]) == (len(groups), scales.shape[1])
+    if not fit or zeros.shape != scales.shape or not 0 <= groups.min() <= groups.max() < len(scales):
         raise ModelError(
             f"packed layer {layer} does not fit {bits} bits and its groups; quantize the model again"
         )
-    weight: torch.Tensor = (values - zeros[groups]).float() * scales.float()[groups]
-    return weight
+    weight = torch.empty(words.shape[1], len(groups), dtype=dtype or torch.float32)
+    for begin in range(0, len(words), BLOCK):
+        values = unpack_words(words[begin : begin + BLOCK], bits)
+        at = slice(begin * size, begin * size + len(values))
+        block = (values - zeros[groups[at]]).float() * scales[groups[at]].float()
+        weight[:, at] = block.T
+    return weight.T
 
 
 def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:

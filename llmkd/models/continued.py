@@ -29,6 +29,7 @@ def pretrain(
     precision: str,
     pad_token: str | None,
     attention: str | None,
+    trust_remote_code: bool = False,
     seed: int,
     training: TrainingArguments,
     checkpoints: Path | None = None,
@@ -49,16 +50,18 @@ def pretrain(
     from llmkd.objective import HARD
     from llmkd.train import fit, forget_sharding
 
-    tokenizer = load_tokenizer(source, pad_token)
+    trust = {"trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(source, pad_token, **trust)
     held = load_in if load_in != "auto" else precision if lora else "fp32"
 
     def load(held: str) -> Any:
         if causal:
-            network = load_causal_lm(source, load_in=held, attention=attention)
+            network = load_causal_lm(source, load_in=held, attention=attention, **trust)
             set_seed(seed)  # an adapter is drawn next, alike on every rank
             return network
         pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-        return load_classifier(source, labels, load_in=held, pad_id=pad, attention=attention, seed=seed)
+        more = {"load_in": held, "pad_id": pad, "attention": attention, "seed": seed}
+        return load_classifier(source, labels, **more, **trust)  # type: ignore[arg-type]
 
     model: nn.Module = load(held)
     if lora:

@@ -11,31 +11,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmkd.errors import ModelError
+from llmkd.models.hub import from_hub as from_hub
+from llmkd.models.hub import register_nets as register_nets
 from llmkd.models.lora import NEW, head_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-UNLOADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def register_nets() -> None:
-    """Make this package's own architectures known to transformers' Auto classes; any number of times."""
-    from llmkd.models import hashed, nets
-
-    hashed.register()
-    nets.register()
-
-
-def load_tokenizer(source: str, pad_token: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str, pad_token: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with a pad token that is no other token of a text.
 
+    trust_remote_code: here as below, whether Python code that comes with the checkpoint may be run.
     Raises ModelError where there is none and `pad_token` does not name one.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = from_hub(AutoTokenizer, source)
+    tokenizer = from_hub(AutoTokenizer, source, trust_remote_code=trust_remote_code)
     if pad_token is not None:
         if tokenizer.convert_tokens_to_ids(pad_token) in (None, tokenizer.unk_token_id):
             raise ModelError(
@@ -58,6 +54,7 @@ def load_classifier(
     pad_id: int,
     attention: str | None = None,
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A sequence classifier with one logit a label. load_in: fp32, bf16, nf4 or int8.
 
@@ -66,7 +63,7 @@ def load_classifier(
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
-    config = from_hub(AutoConfig, source)
+    config = from_hub(AutoConfig, source, trust_remote_code=trust_remote_code)
     _check_pad(config, source, pad_id)
     set_seed(seed)
     names = dict(enumerate(labels))
@@ -79,7 +76,8 @@ def load_classifier(
             id2label=names,
             label2id={name: i for i, name in names.items()},
             pad_token_id=pad_id,
-            **_weights(load_in, [] if load_in in DTYPES else _outside_blocks(config)),
+            trust_remote_code=trust_remote_code,
+            **_weights(load_in, [] if load_in in DTYPES else _outside_blocks(config, trust_remote_code)),
             **({"attn_implementation": attention} if attention else {}),
         )
     model.__dict__[NEW] = _new_modules(source, model.base_model_prefix, loading["missing_keys"])
@@ -99,12 +97,12 @@ def _widen(head: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _outside_blocks(config: PreTrainedConfig) -> list[str]:
+def _outside_blocks(config: PreTrainedConfig, trust_remote_code: bool) -> list[str]:
     """Names of a classifier's modules beside its stack of blocks, such as head and pooler."""
     from transformers import AutoModelForSequenceClassification
 
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
     stack, backbone = block_stack(model), model.base_model_prefix
     if stack is None:
         return [*head_modules(model), f"{backbone}.pooler"]
@@ -124,12 +122,17 @@ def block_stack(model: torch.nn.Module) -> str | None:
     return outer[0] if len(outer) == 1 else None
 
 
-def load_causal_lm(source: str, *, load_in: str, attention: str | None = None) -> PreTrainedModel:
+def load_causal_lm(
+    source: str, *, load_in: str, attention: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A decoder with its language-modelling head."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _refuse_encoder(from_hub(AutoConfig, source), source)
-    more = {"attn_implementation": attention} if attention else {}
+    config = from_hub(AutoConfig, source, trust_remote_code=trust_remote_code)
+    if not (trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})):
+        _refuse_encoder(config, source)
+    more: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    more |= {"trust_remote_code": trust_remote_code}
     with _sharded_as(load_in):
         return from_hub(AutoModelForCausalLM, source, **_weights(load_in), **more)
 
@@ -170,27 +173,6 @@ def _weights(load_in: str, whole: Sequence[str] = ()) -> dict[str, Any]:
     return {"quantization_config": quantization, "dtype": torch.bfloat16}
 
 
-def from_hub(auto: Any, source: str, **arguments: Any) -> Any:
-    """`auto.from_pretrained` with a one-line error; only safetensors are read, no remote code is run."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    register_nets()
-    kind = auto.__name__
-    if "Model" in kind:
-        arguments["use_safetensors"] = True
-    if Path(source).is_absolute() and not Path(source).is_dir():
-        raise ModelError(f"{source}: no such directory; name one that holds a saved model, or a hub id")
-    try:
-        # Not None, which asks on the terminal whether to run a repository's code.
-        return auto.from_pretrained(source, trust_remote_code=False, **arguments)
-    except (*UNLOADABLE, SafetensorError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300]
-        if "ignore_mismatched_sizes" in reason:
-            reason = "its weights' sizes, or its number of labels, are not its config's or this run's"
-        raise ModelError(f"{source}: {kind} cannot load it: {reason}") from error
-
-
 def _new_modules(source: str, prefix: str, missing: Iterable[str]) -> list[str]:
     """The backbone's modules that began at random. Only an encoder's pooler may: ModelError for others."""
     names = sorted(name for name in missing if name.startswith(f"{prefix}."))
@@ -228,7 +210,9 @@ def _check_pad(config: PreTrainedConfig, source: str, pad_id: int) -> None:
         raise ModelError(f"{source}: pad token id {pad_id} is beyond its {known} embeddings; choose another")
 
 
-def keep_layers(source: str, layers: Sequence[int], directory: Path) -> None:
+def keep_layers(
+    source: str, layers: Sequence[int], directory: Path, *, trust_remote_code: bool = False
+) -> None:
     """A shallower checkpoint: the blocks `layers` of the one at `source`, in that order, all else as it is.
 
     The start of a student that is smaller than its teacher (DistilBERT, Sanh et al. 2019, arXiv
@@ -237,12 +221,14 @@ def keep_layers(source: str, layers: Sequence[int], directory: Path) -> None:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    config = from_hub(AutoConfig, source)
+    trust = {"trust_remote_code": trust_remote_code}
+    config = from_hub(AutoConfig, source, **trust)
     count = getattr(config.get_text_config(), "num_hidden_layers", 0)
     wrong = [layer for layer in layers if not 0 <= layer < count]
     if wrong or not layers:
         raise ModelError(f"{source}: keep_layers {[*layers]}: name layers of its {count}, 0 to {count - 1}")
-    model, loading = from_hub(_auto_class(config), source, dtype="auto", output_loading_info=True)
+    auto = _auto_class(config)
+    model, loading = from_hub(auto, source, dtype="auto", output_loading_info=True, **trust)
     stack = block_stack(model)
     if stack is None:
         raise ModelError(
@@ -256,7 +242,7 @@ def keep_layers(source: str, layers: Sequence[int], directory: Path) -> None:
     missing = set(loading["missing_keys"])  # random here; left out, they are drawn where they are loaded
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in missing}
     model.save_pretrained(directory, state_dict=state)
-    from_hub(AutoTokenizer, source).save_pretrained(directory)
+    from_hub(AutoTokenizer, source, **trust).save_pretrained(directory)
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:

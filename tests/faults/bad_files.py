@@ -16,6 +16,21 @@ import pyarrow.parquet as pq
 
 from llmkd import run
 
+TEXTS = """
+run: {root}/run
+seed: 3
+precision: fp32
+task: {{kind: causal_lm, train: "{root}/train.jsonl", max_tokens: 32}}
+folds: {{count: 1}}
+teachers:
+  - name: big
+    init: &init
+      architecture: llama
+      config: {{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}}
+student: {{name: small, init: *init}}
+distill: {{method: sequence}}
+quantize: null
+"""
 Columns = Mapping[str, Any]
 Make = Callable[[Path, Path], Path]
 HEADER = "id,prompt,response_a,response_b,label\n"
@@ -61,6 +76,15 @@ def raw(name: str, data: str | bytes) -> Make:
 
 def csv(columns: Columns) -> Make:
     return raw("rows.csv", csv_text(columns))
+
+
+def texts(root: Path, what: str = "some words") -> Path:
+    """The config of a run `root`/run over texts, of a teacher whose next tokens are cached."""
+    words = [f"row {i} of {what} that are to be read {i * i}" for i in range(40)]
+    raw("train.jsonl", "\n".join(json_lines({"text": words})))(root, root)
+    config = root / "lm.yaml"
+    config.write_text(TEXTS.format(root=root))
+    return config
 
 
 def broken_lines(row: str) -> Make:

@@ -357,7 +357,7 @@ CASES: dict[str, Case] = {
     "model: a pad token nobody knows": model(
         bad.settings(), "pad_token '<nope>' is not in its vocabulary", words="teachers.llama.pad_token=<nope>"
     ),
-    "model: five labels": model(bad.five_labels, "cannot load it", "number of labels"),
+    "model: five labels": model(bad.five_labels, "cannot load it", "number of labels", "without its head"),
     "model: other sizes": model(bad.settings(hidden_size=64), "cannot load it"),
     "model: heads that do not fit": model(bad.settings(num_attention_heads=3), "cannot load it", "(3)"),
     "model: words for a size": model(bad.settings(hidden_size="x"), "cannot load it", "hidden_size"),
@@ -370,6 +370,11 @@ CASES: dict[str, Case] = {
     ),
     "model: of another kind": model(bad.settings(model_type="bert"), "backbone weights are missing"),
     "model: attention nobody knows": model(bad.settings(), '"nope"', words="teachers.llama.attention=nope"),
+    "model: attention its architecture lacks": Case(
+        "03_distill",
+        ("student.attention=sdpa", "--fold=0", "--only=student"),
+        ("01_pretrain/gemma", "has no such attention; leave attention: out, or take eager"),
+    ),
     "init: an architecture nobody knows": made("teachers.llama.init.architecture=nope", "init: nope"),
     "init: a setting nobody knows": made("teachers.llama.init.config.nope=1", "llama has no setting 'nope'"),
     "init: heads that do not fit": made("teachers.llama.init.config.hidden_size=33", "hidden size (33)"),

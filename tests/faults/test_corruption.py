@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import bad_files as bad
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -34,6 +35,12 @@ READ = {
     "04_merge/model/model.safetensors": ("05_quantize", "01_pretrain/gemma/model/model.safetensors"),
     "04_merge/model/config.json": ("05_quantize", "01_pretrain/gemma/model/config.json"),
     "05_quantize/model/model.safetensors": ("06_evaluate", "04_merge/model/model.safetensors"),
+    "01_pretrain/gemma/model/tokenizer_config.json": (
+        "03_distill",
+        "01_pretrain/gemma/model/config.json",
+    ),
+    "04_merge/model/llmkd.json": ("05_quantize", "04_merge/model/config.json"),
+    "05_quantize/model/tokenizer.json": ("06_evaluate", "01_pretrain/llama/model/tokenizer.json"),
     "05_quantize/manifest.json": ("06_evaluate", "04_merge/manifest.json"),
     "03_distill/gemma-baseline/fold0/logits.parquet": (
         "06_evaluate",
@@ -94,6 +101,41 @@ def test_damage_is_named_before_use(
     assert str((copy / name).parent if unit else copy / name) in errors[0]
     assert f"run: python stages/{name.split('/')[0]}.py" in errors[0]
     assert tiny.snapshot(copy) == before
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two runs over texts up to their teacher's cache of next tokens: the configs, by the words they read."""
+    configs = {}
+    for what in ("some words", "many words"):
+        configs[what] = bad.texts(tmp_path_factory.mktemp("texts"), what)
+        for stage in STAGES[:3]:
+            assert tiny.stage(stage, config=configs[what]) == 0
+    return configs
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "manifest.json"])
+def test_a_damaged_cache_of_next_tokens_is_named_before_use(
+    name: str,
+    way: Callable[[Path, Path], None],
+    captured: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Swapped: by the same teacher's, of another run's rows."""
+    config, other = captured.values()
+    directory = Path(shutil.copytree(config.parent / "run", tmp_path / "run"))
+    file = Path("02_teachers") / "big" / "fold0" / "cache" / name
+    way(directory / file, other.parent / "run" / file)
+    before = tiny.snapshot(directory)
+    capsys.readouterr()
+    assert tiny.stage("03_distill", f"run={directory}", config=config) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert str(directory / file) in errors[0]
+    assert "run: python stages/02_teachers.py" in errors[0]
+    assert tiny.snapshot(directory) == before
 
 
 def test_a_mended_file_goes_on(copy: Path) -> None:

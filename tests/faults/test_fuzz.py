@@ -13,9 +13,9 @@ import torch
 
 from llmkd import checkpoint, digests, lock, logits, run, shards
 from llmkd.errors import CacheError, RunError
+from llmkd.layout import Layout
 from llmkd.methods.cached import Cached
 from llmkd.objective import HARD
-from llmkd.sparse import Layout
 from llmkd.train import fit
 
 IDS = [f"row{i}" for i in range(40)]

@@ -14,7 +14,7 @@ import tiny
 from bad_files import Make
 from transformers import PreTrainedTokenizerFast
 
-from llmkd.tasks.causal_lm import chat_examples
+from llmkd.tasks.chats import chat_examples
 
 TEXTS = {
     "a formula": "=cmd|' /C calc'!A0",

@@ -18,21 +18,6 @@ from conftest import STAGES
 from llmkd import capture, checkpoint, resume, run
 from llmkd.verify import verify_run
 
-TEXTS = """
-run: {root}/run
-seed: 3
-precision: fp32
-task: {{kind: causal_lm, train: "{root}/train.jsonl", max_tokens: 32}}
-folds: {{count: 1}}
-teachers:
-  - name: big
-    init: &init
-      architecture: llama
-      config: {{hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}}
-student: {{name: small, init: *init}}
-distill: {{method: sequence}}
-"""
-
 
 class Killed(BaseException):
     """Stands for kill -9: nothing after it runs but what ends with the process."""
@@ -50,29 +35,33 @@ def killed(stage: str, *words: str) -> None:
         tiny.stage(stage, *words)
 
 
+@pytest.mark.parametrize(("minutes", "view"), [(0, "in_sample"), (10, "oof"), (10, "in_sample")])
 def test_a_capture_of_logits_asks_only_for_the_rest_and_trains_nothing_again(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    minutes: int, view: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A classifier's: its training is whole by then; what was found is saved by the minute."""
+    """A classifier's: its training is whole by then; what was found is saved by the minute, and each view
+    as soon as it is whole. Killed when a view is saved for the second time, or with its last row."""
     directory = begun(finished, tmp_path, "02_teachers")
     words = [f"run={directory}", "--teacher=qwen", "--fold=1", "teachers.qwen.batch_tokens=500"]
+    words.append(f"teachers.qwen.checkpoint_minutes={minutes}")
     keeping, write = resume.keeping, checkpoint.write
     known: list[int] = []
 
-    def at_once(keep: Path | None, minutes: float) -> Any:
-        found, save = keeping(keep, 0)
-        known.append(len(found))
+    def counting(keep: Path | None, minutes: float) -> Any:
+        found, save = keeping(keep, minutes)
+        if keep:
+            known.append(len(found))
         return found, save
 
     def dying(at: Path, step: int, *rest: Any) -> None:
         write(at, step, *rest)
-        if "in_sample" in str(at) and step > 20:
+        if at.parent.name == view and step > 20:
             raise Killed
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("llmkd.train.keeping", at_once)
+    monkeypatch.setattr("llmkd.train.keeping", counting)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write", dying)
         killed("02_teachers", *words)
@@ -82,9 +71,12 @@ def test_a_capture_of_logits_asks_only_for_the_rest_and_trains_nothing_again(
     assert tiny.stage("02_teachers", *words) == 0
     unit = directory / "02_teachers" / "qwen" / "fold1"
     rows = run.manifest(unit)["rows"]
-    oof, in_sample, test = known[-3:]
+    oof, in_sample, test = known
     assert (oof, test) == (rows["oof"], 0), "one view was whole, one not begun"
-    assert 20 < in_sample < rows["in_sample"]
+    if minutes:
+        assert in_sample == (rows["in_sample"] if view == "in_sample" else 0)
+    else:
+        assert 20 < in_sample < rows["in_sample"]
     assert verify_run(directory) == []
     same_logits(unit, finished / "02_teachers" / "qwen" / "fold1")
 
@@ -104,10 +96,7 @@ def test_a_capture_of_next_tokens_keeps_its_finished_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A language model's: the shard that was cut off is made anew, those before it are not."""
-    words = [f"row {i} of some words that are to be read {i * i}" for i in range(40)]
-    bad.raw("train.jsonl", "\n".join(bad.json_lines({"text": words})))(tmp_path, tmp_path)
-    config = tmp_path / "lm.yaml"
-    config.write_text(TEXTS.format(root=tmp_path))
+    config = bad.texts(tmp_path)
     for stage in STAGES[:2]:
         assert tiny.stage(stage, config=config) == 0
     shutil.copytree(tmp_path / "run", tmp_path / "undisturbed")
@@ -143,14 +132,14 @@ def test_a_capture_of_next_tokens_keeps_its_finished_shards(
     ("stage", "where"),
     [
         ("04_merge", "llmkd.merge.merge_folds"),
-        ("05_quantize", "llmkd.quantize.quantize_gptq"),
+        ("05_quantize", "llmkd.gptq._record"),
         ("05_quantize", "llmkd.card.write_card"),
     ],
 )
 def test_a_merge_or_quantization_that_was_cut_off_begins_anew(
     stage: str, where: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before its weights are written, and after; what it left is in the way of nothing and goes."""
+    """In the middle of its inputs, before its weights are written, and after; what it left goes."""
     directory = begun(finished, tmp_path, stage)
     before = tiny.snapshot(directory)
 

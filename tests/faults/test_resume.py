@@ -1,8 +1,10 @@
 """A training that is cut off at any step, and begun again, ends as the one that nothing disturbed."""
 
+import gc
 import os
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import pytest
 import tiny
 import torch
 
-from llmkd import checkpoint, interrupt
+from llmkd import checkpoint, digests, interrupt
+from llmkd.capture import cache_teacher
 from llmkd.crossfit import Fit, fit_in_turn
 from llmkd.errors import ConfigError, ModelError, Stopped
+from llmkd.layout import Layout
 from llmkd.methods.cached import Cached
 from llmkd.methods.mutual import Mutual
 from llmkd.models.lora import add_lora, trainable_state
@@ -23,6 +27,14 @@ from llmkd.resume import Saving, learnt
 from llmkd.train import fit, predict
 
 TRAIN, DEV = np.arange(20), np.arange(20, 24)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """Every training collects twice: it need not look through all that was imported before."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Killed(BaseException):
@@ -279,6 +291,56 @@ def test_a_prediction_asks_only_for_what_is_missing(tmp_path: Path, monkeypatch:
     assert 0 < len(asked) < 14
 
 
+def test_a_prediction_that_is_asked_to_stop_saves_what_it_found(tmp_path: Path) -> None:
+    """At once, whatever the minutes."""
+    model, rows, some = tiny.classifier(), np.arange(24), tiny.examples()
+    whole, inputs, asked = predict(model, some, rows, 48), some.inputs, list[int]()
+
+    def signalled(batch: Any) -> Any:
+        if len(asked) > 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        asked.extend(batch.tolist())
+        return inputs(batch)
+
+    def counted(batch: Any) -> Any:
+        asked.extend(batch.tolist())
+        return inputs(batch)
+
+    with interrupt.heard(), pytest.raises(Stopped):
+        predict(model, replace(some, inputs=signalled), rows, 48, keep=tmp_path)
+    before = len(asked)
+    found = predict(model, replace(some, inputs=counted), rows, 48, keep=tmp_path)
+    np.testing.assert_array_equal(found, whole)
+    assert before > 10
+    assert len(asked) == 24, "no row twice"
+
+
+@pytest.mark.parametrize("whose", ["another run's", "another part's"])
+def test_a_whole_checkpoint_of_another_run_or_part_is_not_gone_on_with(
+    whose: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same shapes, and whole: what it is of is all that tells it from the unit's own."""
+    units = {name: tmp_path / name / "checkpoint" for name in ("one", "two")}
+    for name, unit in units.items():
+        unit.mkdir(parents=True)
+        (unit / "fingerprint").write_text(name)
+        for part in ("fit0", "fit1"):
+            checkpoint.write(unit / part, 3, {"a": torch.zeros(2)}, {"of": [name, part]})
+    target = units["one"] / "fit0"
+    for path in target.iterdir():
+        path.unlink()
+    (swapped,) = (units["two"] / "fit0" if whose == "another run's" else units["one"] / "fit1").iterdir()
+    shutil.copy2(swapped, target)
+    noise = b"no tensors"
+    (target / f"step000000004-{digests.sha(noise)}.safetensors").write_bytes(noise)
+    assert checkpoint.read(target) is None
+    assert f"{target / swapped.name}: not this unit's own, left aside" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "one", tmp_path / "moved")
+    found = checkpoint.read(tmp_path / "moved" / "checkpoint" / "fit1")
+    assert found is not None, "a run may be moved"
+    assert found[1] == {"of": ["one", "fit1"]}
+
+
 def poisoned(name: str = "cached") -> Any:
     """Examples whose row 7 has teachers' logits that make its loss infinite."""
     found = tiny.examples()
@@ -328,6 +390,31 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(method, "forward", steep)
     with pytest.raises(ModelError, match=r"step 1: the gradient of these 4 rows is not finite: row"):
         fit(method, tiny.examples(), TRAIN, tiny.training(tmp_path), batch_rows=4, batch_tokens=48)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_next_token_logits_that_are_not_finite_name_their_row(value: str, tmp_path: Path) -> None:
+    """Else a cache would hold words of weight 0, or none."""
+    model, rows = tiny.causal_lm(), tiny.examples()
+    rows = replace(rows, weights=(rows.lengths - 1).astype(np.float64))
+    only = {i: set(rows.inputs(np.array([i]))["input_ids"][0, :-1].tolist()) for i in range(24)}
+    row, token = next(
+        (row, token)
+        for row in only
+        for token in only[row]
+        if not any(token in only[other] for other in only if other != row)
+    )
+    with torch.no_grad():
+        if value == "nan":
+            model.get_input_embeddings().weight[token] = float(value)
+        else:
+            model.lm_head.weight[:, 0] = torch.inf
+    layout = Layout("topk", 4, 64)
+    settings = {"batch_tokens": 50, "chunk": 7, "shard_tokens": 60}
+    found = rf"'row{row}'" if value == "nan" else r"'row\d+'"
+    with pytest.raises(ModelError, match=rf"next-token logits of row {found} are not finite; .*\Z"):
+        cache_teacher(model.eval(), rows, tmp_path, layout, {}, **settings)
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_skipping_under_deepspeed_is_refused(tmp_path: Path) -> None:
