@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -14,8 +16,8 @@ import numpy as np
 
 from llmkd import description, features, run
 from llmkd.errors import ModelError, RunError
+from llmkd.inputs import EVALUATE, MERGE, QUANTIZE
 from llmkd.models.artifact import read_json
-from llmkd.stage import EVALUATE, MERGE, QUANTIZE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -134,8 +136,9 @@ def _write(module: nn.Module, file: Path, artifact: Path) -> None:
 
     ids = torch.ones((3, 7), dtype=torch.int64)
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of torchvision, which is not needed
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
                 module,
                 (ids, torch.ones_like(ids)),

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from llmkd import canonical, description, features, streams, tasks
-from llmkd.errors import ConfigError, DataError, ModelError
+from llmkd.errors import DataError, ModelError
 from llmkd.evaluate import Probabilities, both_orders, scores, softmax
 from llmkd.tasks import preference
 
@@ -44,6 +44,7 @@ def predict_file(
     precision: str = "fp32",
     columns: Mapping[str, str] | None = None,
     max_tokens: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write id, prediction and p_<label> of every row of `source` to `output`, all at once when it is whole.
 
@@ -58,18 +59,19 @@ def predict_file(
         precision: fp32 or bf16.
         columns: task field -> column, where they are not called what the artifact says; also `id`.
         max_tokens: a row's budget, by default the one the artifact was trained with.
+        trust_remote_code: whether Python code that lies in the artifact may be run.
 
     An id is the column `id` (or what the artifact's task calls it) where there is one, else the row's number
     from 0; ids may repeat. Returns rows, empty (rows without content), seconds and rows_per_second (the
     model's loading left out), tta, temperature and output. Raises an LlmkdError of one line.
     """
-    said = _asked(artifact, tta, calibrated, columns, max_tokens, batch_tokens)
+    said = description.asked(artifact, tta, calibrated, columns, max_tokens, batch_tokens)
     if Path(source).is_file() and output.exists() and output.samefile(source):
         raise DataError(f"{output} is the source itself: name another file")
     rows, empty = 0, 0
     with streams.writing(output) as write:
         read = _read(artifact, source, said, None)
-        forecast = _forecaster(artifact, said, batch_tokens, precision)
+        forecast = _forecaster(artifact, said, batch_tokens, precision, trust_remote_code)
         began = time.perf_counter()
         for chunk in read:
             write(_table(chunk, _spread(chunk, forecast, len(said["labels"])), said["labels"]))
@@ -88,6 +90,7 @@ def evaluate_file(
     precision: str = "fp32",
     columns: Mapping[str, str] | None = None,
     max_tokens: int | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """`llmkd.evaluate.scores` on a labelled file, and the facts that `predict_file` returns.
 
@@ -95,10 +98,10 @@ def evaluate_file(
     it. "rows" counts the labelled ones that have content; "read" and "empty" count those read and those
     without any.
     """
-    said = _asked(artifact, tta, calibrated, columns, max_tokens, batch_tokens)
+    said = description.asked(artifact, tta, calibrated, columns, max_tokens, batch_tokens)
     p, labels, empty = list[Probabilities](), list[NDArray[np.int64]](), 0
     read = _read(artifact, source, said, label or said["label"] or "label")
-    forecast = _forecaster(artifact, said, batch_tokens, precision)
+    forecast = _forecaster(artifact, said, batch_tokens, precision, trust_remote_code)
     began = time.perf_counter()
     for chunk in read:
         p.append(_spread(chunk, forecast, len(said["labels"])))
@@ -109,31 +112,6 @@ def evaluate_file(
         raise DataError(f"{source}: no row has both a label and content, so nothing can be scored")
     facts = _facts(said, sum(map(len, labels)), empty, began)
     return {**found, "read": facts.pop("rows"), **facts}
-
-
-def _asked(
-    artifact: Path,
-    tta: str | None,
-    calibrated: bool,
-    columns: Mapping[str, str] | None,
-    max_tokens: int | None,
-    batch_tokens: int,
-) -> dict[str, Any]:
-    """What the artifact says of itself, less what the caller says otherwise."""
-    for name, value in (("max_tokens", max_tokens), ("batch_tokens", batch_tokens)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} = {value}: give a number of at least 1")
-    said = description.read(artifact)
-    for field in set(columns or {}) - {*said["columns"], "id"}:
-        known = ", ".join([*said["columns"], "id"])
-        raise ConfigError(f"columns: the artifact has no field {field!r}: it has {known}")
-    if tta not in (None, "swap", "none"):
-        raise ConfigError(f"tta={tta!r} is unknown: use swap or none")
-    if tta == "swap" and tasks.KINDS[said["kind"]].mirror(2) is None:
-        raise ConfigError(f"tta='swap': a {said['kind']} row has no two orders; use none")
-    said |= {"columns": {**said["columns"], **(columns or {})}, "tta": tta or said["tta"]}
-    said |= {"max_tokens": max_tokens or said["max_tokens"]}
-    return said | {"temperature": said["temperature"] if calibrated else None}
 
 
 def _spec(artifact: Path) -> features.Spec | None:
@@ -156,14 +134,14 @@ def _read(
     spec = _spec(artifact)
     inputs = _inputs(spec) if spec else None
     id_column, ids = said["columns"].get("id"), set[str | None]()
-    needed = dict.fromkeys([id_column] if id_column else [], "name it with columns={'id': ...}")
+    needed = dict.fromkeys([id_column] if id_column else [], _remedy("id"))
     named = [label] if isinstance(label, str) else list(label or ())
-    needed |= dict.fromkeys(named, "name the labels' column with label=")
+    needed |= dict.fromkeys(named, "name the labels' column with label=, or --label NAME")
     if inputs:
         plain = tasks.content(said["kind"], inputs)
         needed |= dict.fromkeys(plain, "the model was trained on it, so add it")
     else:
-        needed |= {name: f"name it with columns={{{field!r}: ...}}" for field, name in _fields(said).items()}
+        needed |= {name: _remedy(field) for field, name in _fields(said).items()}
 
     def choose(names: Sequence[str]) -> list[str]:
         missing = [name for name in needed if name not in names]
@@ -173,7 +151,10 @@ def _read(
         own = [name for name in (said["id"], "id") if name in names and not id_column]
         ids.add(own[0] if own else None)
         if len(ids) > 1:
-            raise DataError(f"{source}: not every file has the ids that the first one has: give each its own")
+            raise DataError(
+                f"{source}: column {max(filter(None, ids))!r} is not in every file, or begins late in one: "
+                "give each row an id, or none"
+            )
         return list(dict.fromkeys([*needed, *own[:1]]))
 
     def chunks() -> Iterator[Chunk]:
@@ -187,6 +168,10 @@ def _read(
     if first is None:
         raise DataError(f"{source}: no rows: give a file that has some")
     return chain([first], rest)
+
+
+def _remedy(field: str) -> str:
+    return f"name it with columns={{{field!r}: ...}}, or --column {field}=NAME"
 
 
 def _fields(said: Mapping[str, Any]) -> dict[str, str]:
@@ -232,7 +217,9 @@ def _chunk(
     return Chunk(ids, np.asarray(numbers.to_numpy(), dtype=np.int64), blank, kept)
 
 
-def _forecaster(artifact: Path, said: Mapping[str, Any], batch_tokens: int, precision: str) -> Forecast:
+def _forecaster(
+    artifact: Path, said: Mapping[str, Any], batch_tokens: int, precision: str, trust: bool
+) -> Forecast:
     """The model, loaded: a function from rows to their probabilities (N, C)."""
     import torch
 
@@ -243,7 +230,7 @@ def _forecaster(artifact: Path, said: Mapping[str, Any], batch_tokens: int, prec
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if precision == "fp32" else None
-    model, reader = load_artifact(artifact, device=device, dtype=dtype)
+    model, reader = load_artifact(artifact, device=device, dtype=dtype, trust_remote_code=trust)
     swap, mirror = said["tta"] == "swap", tasks.KINDS[said["kind"]].mirror(len(said["labels"]))
     text = {key: said[key] for key in ("template", "max_tokens", "max_words", "extra")}
     if not isinstance(reader, dict):

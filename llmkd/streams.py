@@ -25,6 +25,8 @@ Choose = Callable[[Sequence[str]], list[str]]
 def chunks(source: str, choose: Choose, rows: int = CHUNK) -> Iterator[pa.Table]:
     """Tables of at most `rows` rows with the columns that `choose` picks from the names there are.
 
+    Of objects it is asked again where further names come, and may refuse them.
+
     source: a path or a glob, of .csv (strings throughout), .jsonl, .ndjson, .json (an object a line) or
     .parquet; `hub:` and `arena:` as `llmkd.sources.read` has them, which are held whole.
     Raises DataError naming the file, and the line where it is known.
@@ -79,12 +81,14 @@ def _parquet(path: str, choose: Choose, rows: int) -> Iterator[pa.Table]:
 
 def _lines(path: str, choose: Choose, rows: int) -> Iterator[pa.Table]:
     """Line by line, as a block's types, which Arrow's reader guesses, need not be those of the next."""
-    wanted: list[str] | None = None
+    names, wanted = dict[str, None](), list[str]()
     with open(path, "rb") as file:
         objects = (_object(path, number, line) for number, line in enumerate(file, 1) if line.strip())
         while found := list(islice(objects, rows)):
-            if wanted is None:
-                wanted = choose(list(dict.fromkeys(name for row in found for name in row)))
+            known = len(names)
+            names.update(dict.fromkeys(name for row in found for name in row))
+            if len(names) > known:
+                wanted = choose(list(names))
             yield pa.table({name: pa.array([row.get(name) for row in found]) for name in wanted})
 
 

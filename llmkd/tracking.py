@@ -182,7 +182,8 @@ def _mlflow(track: Track, resumed: bool) -> Iterator[tuple[Any, Log]]:
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         mlflow.set_tracking_uri(f"sqlite:///{track.directory / 'mlflow.db'}")
     mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", track.run.name))
-    with mlflow.start_run(run_name=track.name):
+    source = {"mlflow.source.name": track.unit.split("/")[0]}  # or it would be the script's path
+    with mlflow.start_run(run_name=track.name, tags=source):
         mlflow.set_tags({f"config.{name}": str(value)[:5000] for name, value in track.settings.items()})
         yield MLflowCallback(), lambda figures, step: mlflow.log_metrics(dict(figures), step=step)
 

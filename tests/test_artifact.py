@@ -22,7 +22,7 @@ from transformers import (
 
 from llmkd.card import write_card
 from llmkd.errors import ModelError
-from llmkd.models.artifact import ZERO_OFFSETS, load_artifact, size_bytes, unpack_layer, unpack_words
+from llmkd.models.artifact import BLOCK, ZERO_OFFSETS, load_artifact, size_bytes, unpack_layer, unpack_words
 
 CONFIG = LlamaConfig(
     vocab_size=40,
@@ -129,6 +129,22 @@ def test_a_zero_point_of_zero_survives_the_v1_borrow():
     tensors |= {"scales": torch.ones(1, 4).half(), "g_idx": torch.zeros(4, dtype=torch.int32)}
     read = {f"l.{name}": lambda value=value: value for name, value in tensors.items()}
     assert unpack_layer("l", read, 8, ZERO_OFFSETS["gptq"][8])[0].tolist() == [0, -7, 0, -255]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_of_many_blocks_is_unpacked_whole_and_rounded_once(dtype):
+    random = torch.Generator().manual_seed(0)
+    inputs = 4 * BLOCK * 2 + 4  # a last block that is not full
+    values = torch.randint(0, 256, (inputs, 4), generator=random)
+    groups = torch.randint(0, 2, (inputs,), generator=random)  # in any order, as desc_act leaves them
+    zeros = torch.randint(0, 256, (2, 4), generator=random)
+    scales = torch.rand(2, 4, generator=random).half()
+    tensors = {"qweight": pack_words(values, 8), "qzeros": pack_words(zeros.T, 8).T}
+    tensors |= {"scales": scales, "g_idx": groups.int()}
+    read = {f"l.{name}": lambda value=value: value for name, value in tensors.items()}
+    found = unpack_layer("l", read, 8, 0, dtype)
+    assert torch.equal(found, ((values - zeros[groups]).float() * scales.float()[groups]).to(dtype))
+    assert found.T.is_contiguous()  # as a linear layer holds it
 
 
 def test_dtypes(tmp_path):

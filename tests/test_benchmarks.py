@@ -1,5 +1,6 @@
 """Each benchmark runs at toy size, and both its sides did the same work. No times are looked at."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -58,19 +59,21 @@ def test_teacher_logits_counts_a_quarter_of_the_forwards_and_one_load(load: Any,
 def test_roof_counts_the_operations_that_run(load: Any) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
+    from llmkd.models.pooling import class_logits
+
     roof = load("roof")
     student = importlib.import_module("student")
     data = student.examples([np.full(20, 5), np.full(20, 7)])
     model = student.plain_lora(student.classifier(student.TOY, "fp32")).train()
-    with FlopCounterMode(display=False) as counter:
-        model(**data.inputs(np.arange(2))).logits.sum().backward()
-    head = 2 * 40 * 32 * 3 * 3  # applied to all 40 tokens by transformers, forward and twice backward
+    with FlopCounterMode(display=False) as counter:  # 20 tokens are one block, above the diagonal too
+        class_logits(model, **data.inputs(np.arange(2))).sum().backward()
+    head = 2 * 2 * 32 * 3 * 3  # of two rows, forward and twice backward
     needed = roof.operations(student.TOY, student.LORA["r"], data.lengths, causal=False)
     assert counter.get_total_flops() == needed + head
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["roof", "inference", "quantization", "growth", "overhead"])
+@pytest.mark.parametrize("name", ["roof", "inference", "quantization", "growth", "overhead", "sparse_cache"])
 def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--rows", str(tmp_path / "rows")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -82,6 +85,42 @@ def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
         for row in rows:
             ours, theirs = sides(row["note"])
             assert ours == pytest.approx(theirs, abs=2e-2)
+
+
+def test_the_loss_without_logits_is_the_plain_one(load: Any, tmp_path: Path) -> None:
+    speed, memory = measured(load, "sequence_loss", tmp_path / "rows", "--rounds", "1")
+    ours, theirs = sides(speed["note"])
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert memory["goal"] == "<= 0.1"
+
+
+@pytest.mark.slow
+def test_a_step_beside_its_teacher_has_the_loss_of_whole_logits(load: Any, tmp_path: Path) -> None:
+    rows = measured(load, "sequence_step", tmp_path / "rows", "--lr", "0")
+    beside = next(row for row in rows if row["what"].startswith("ours, teacher beside"))
+    ours, theirs = sides(beside["note"])
+    assert ours > 0.01
+    assert ours == pytest.approx(theirs, rel=2e-2)  # bf16
+
+
+def test_a_peer_that_cannot_be_installed_is_told_of(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = load("environment")
+    asked = argparse.Namespace(environments=tmp_path)
+    failing = [[sys.executable, "-c", "import sys; sys.exit('no such package')"]]
+    monkeypatch.setattr(environment.venv, "create", lambda *_, **__: None)
+    monkeypatch.setattr(environment, "commands", lambda *_: failing)
+    with environment.peer(asked, "nothing") as python:
+        assert python is None
+    assert capsys.readouterr().out == "nothing: cannot be installed here: no such package\n"
+    assert not (tmp_path / "nothing" / "made").exists()
+
+
+@pytest.mark.slow
+def test_ranks_write_every_id_once(load: Any, tmp_path: Path) -> None:
+    rows = measured(load, "growth_ranks", tmp_path / "rows")
+    assert {row["note"] for row in rows} == {"ids written 40, 40"}
 
 
 def test_a_ratio_meets_its_goal_or_not(load: Any) -> None:

@@ -1,6 +1,7 @@
 """The command `llmkd`: words, flags, exit codes, and what each command hands on."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,7 @@ DEFAULTS = {
     "precision": "fp32",
     "columns": {},
     "max_tokens": None,
+    "trust_remote_code": False,
 }
 
 
@@ -183,6 +185,15 @@ def test_schema_is_a_json_document(capsys: pytest.CaptureFixture[str]) -> None:
     schema = json.loads(capsys.readouterr().out)
     assert {"run", "task", "teachers"} <= set(schema["properties"])
     assert document(capsys, "schema") == schema
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_word() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "llmkd.cli", "schema"]
+    found = subprocess.run(command, cwd=tiny.ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (found.returncode, found.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

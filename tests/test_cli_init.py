@@ -104,6 +104,61 @@ def test_preferences_under_odd_names(place: Path, capsys: pytest.CaptureFixture[
     assert "next: llmkd run --config survey.yaml" in out
 
 
+def answers(place: Path, winners: list[str]) -> Path:
+    """Two answers whose names tell sides in a language that is not looked up."""
+    count = 120
+    columns: dict[str, list[Any]] = {
+        "Frage": [text(at // 2) for at in range(count)],
+        "Antwort (Bär)": [text(1000 + at) for at in range(count)],
+        "Antwort (Fuß)": [text(2000 + at) for at in range(count)],
+        "besser": [winners[at % len(winners)] for at in range(count)],
+    }
+    return write(place / "antworten.csv", columns)
+
+
+def test_answers_are_known_by_the_winners_that_name_them(place: Path) -> None:
+    task = drafted(answers(place, ["Bär", "Fuß", "gleich"])).task
+    assert task.kind == "preference"
+    assert task.columns["response_a"] == "Antwort (Bär)"
+    assert task.labels == ["Bär", "Fuß", "gleich"]
+    data = answers(place, ["Bär", "Fuß", "egal"])
+    assert code(data, "--force") == 2, "which word means a tie is asked for"
+    values = [word for at in ("Bär=a", "Fuß=b", "egal=tie") for word in ("--value", at)]
+    assert drafted(data, "--force", *values).task.labels == ["Bär", "Fuß", "egal"]
+
+
+def test_what_no_model_will_read_is_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = drafted(answers(place, ["gut", "schlecht"])).task
+    assert (task.kind, task.columns) == ("classification", {"text": "Antwort (Fuß)"})
+    out = capsys.readouterr().out
+    assert "not read: `Frage`, `Antwort (Bär)`\n" in out
+    assert "texts, too: `Frage`, `Antwort (Bär)`; two answers to compare are told by --response-a" in out
+    frame = pd.read_csv(reviews(place))
+    frame["Nr."] = [0, 0, *frame["Nr."][2:]]
+    frame.to_csv(place / "twice.csv", index=False)
+    assert drafted(place / "twice.csv").task.id is None
+    assert "id: none, as `Nr.` is blank or the same in some rows; rows count\n" in capsys.readouterr().out
+
+
+def test_odd_csvs_are_read_as_they_are_meant(place: Path) -> None:
+    data = place / "Umfrage Größe.csv"
+    with data.open("w", newline="", encoding="utf-8-sig") as file:
+        rows = csv.writer(file, delimiter=";")
+        rows.writerow(["Größe (cm)", "Was halten Sie davon?", "Würden Sie?"])
+        for at in range(90):
+            said = f'Na ja; {text(at)},\n"{text(at + 500)}"'
+            rows.writerow([f"1,{at}", said, ("ja", "nein", "weiß nicht")[at % 3]])
+    task = load_of(data, "Umfrage-Größe.yaml").task
+    assert task.columns == {"text": "Was halten Sie davon?"}
+    assert task.labels == ["ja", "nein", "weiß nicht"]
+    assert all('\n"' in found for found in pq.read_table(str(task.test))["Was halten Sie davon?"].to_pylist())
+
+
+def load_of(data: Path, name: str) -> Config:
+    assert code(data) == 0
+    return load(name)
+
+
 def test_a_part_is_held_out_by_prompt_and_the_data_stays(place: Path) -> None:
     data = survey(place)
     before = data.read_bytes()

@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 
-from llmkd.cli import main, run
+from llmkd.cli import main, processes, run
 from llmkd.cli.options import STAGES
 from llmkd.config import load
 
@@ -123,6 +126,42 @@ def test_parts_of_the_other_stages() -> None:
     assert run.parts(single, "distill") == []
 
 
+def test_a_stage_s_own_flags_reach_it_alone(stages: Path) -> None:
+    assert code("teachers", "distill", "merge", "--fold", "1", "--only", "student") == 0
+    assert [note["words"][2:] for note in notes(stages, "begin")] == [
+        ["--fold", "1"],
+        ["--fold", "1", "--only", "student"],
+        [],
+    ]
+
+
+def test_own_flags_choose_among_the_parts_side_by_side(stages: Path) -> None:
+    assert code("-j", "2", "teachers", "distill", "--fold", "1", "--only", "baseline") == 0
+    words = [note["words"][2:] for note in notes(stages, "begin")]
+    assert sorted(words[:2]) == [["--teacher", name, "--fold", "1"] for name in ("llama", "qwen")]
+    distill = ["--fold", "1", "--only", "baseline"]
+    assert words[2:] == [["--fold", "1"], distill, distill]
+
+
+@pytest.mark.parametrize("words", [["--fold", "1"], ["merge", "--fold", "1"], ["seed=2", "--fold", "1"]])
+def test_a_flag_of_no_named_stage_is_refused(
+    stages: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code(*words) == 2
+    said = "error: --fold 1: name the stage that it is for: llmkd run teachers --fold 1 or llmkd run distill"
+    assert capsys.readouterr().err.startswith(said)
+    assert not notes(stages, "begin")
+
+
+def test_every_stage_s_flags_are_known() -> None:
+    found = {}
+    for name, file in STAGES.items():
+        words = re.search(r"^    main\(\w+, __doc__(.*)\)$", run.script(file).read_text(), re.MULTILINE)
+        assert words
+        found[name] = sorted(re.findall(r'"(\w+)"', words[1]))
+    assert found == {name: sorted(run.OWN.get(name, ())) for name in STAGES}
+
+
 def test_after_a_failed_part_no_further_one_is_started(stages: Path) -> None:
     plan(stages, teachers={"sleep": 0.3, "code": 3})
     assert code("-j", "2", "teachers", "merge") == 3
@@ -174,3 +213,52 @@ def test_json_leaves_stdout_to_one_document(stages: Path, capfd: pytest.CaptureF
 
 def test_the_scripts_are_found() -> None:
     assert all(run.script(script).is_file() for script in STAGES.values())
+
+
+def test_bars_are_not_drawn_side_by_side_nor_into_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert [processes.surroundings(jobs).get("TQDM_DISABLE") for jobs in (1, 2)] == [None, "1"]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    assert processes.surroundings(1)["TQDM_DISABLE"] == "1"
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    assert processes.surroundings(2)["TQDM_DISABLE"] == "0", "what the user says"
+
+
+@pytest.mark.parametrize("jobs", ["0", "-2", "two", "1.5"])
+def test_a_number_of_jobs_is_at_least_one(
+    stages: Path, jobs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code("-j", jobs) == 2
+    assert (err := capsys.readouterr().err).startswith(f"error: argument -j/--jobs: {jobs!r} is no number")
+    assert err.count("\n") == 1
+    assert not notes(stages, "begin")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are told of it by Linux alone")
+def test_parts_end_where_the_command_itself_is_killed(stages: Path) -> None:
+    plan(stages, distill={"sleep": 60})
+    script = f"from llmkd.cli import main, run; run.script = lambda stage: f'{stages}/{{stage}}.py'\n"
+    script += f"main(['run', '--config', {str(tiny.CONFIG)!r}, '-j', '2', 'distill', 'merge'])"
+    command = subprocess.Popen([sys.executable, "-c", script], cwd=tiny.ROOT)
+    wait_for(lambda: len(notes(stages, "begin")) == 2)
+    command.kill()
+    assert command.wait() == -signal.SIGKILL
+    wait_for(lambda: len(notes(stages, "signal")) == 2)
+    assert [note["signal"] for note in notes(stages, "signal")] == [signal.SIGTERM] * 2
+    assert {note["stage"] for note in notes(stages, "begin")} == {"03_distill"}
+
+
+def test_a_child_whose_parent_ended_before_it_began_ends() -> None:
+    child = os.fork()
+    if not child:
+        processes.mortal(parent=-1)()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.02)

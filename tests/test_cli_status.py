@@ -1,17 +1,20 @@
 """`llmkd status` and `llmkd verify` on a finished run, and on what is left of one."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import tiny
 
 from llmkd.cli import main
 from llmkd.cli.status import clock
+from llmkd.sources import read
 
 HOLD = """
 import pathlib, sys
@@ -157,6 +160,35 @@ def test_status_loads_no_torch(finished: Path) -> None:
     said = f"import sys; from llmkd.cli import main; main({words!r}); print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", said], check=True, capture_output=True, text=True)
     assert found.stdout.splitlines()[-2:] == [f"{finished}: 15 done", "False"]
+
+
+def test_every_document_has_the_keys_that_are_documented(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (tiny.ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    known = dict(re.findall(r"^\| `([\w -]+)` \| ([a-z_, ]+)(?:;.*)? \|$", page, re.MULTILINE))
+    monkeypatch.chdir(tmp_path)
+    model, rows = copy / "05_quantize" / "model", tmp_path / "rows.parquet"
+    pq.write_table(read("arena:rows=200,seed=9"), rows)
+    asked: dict[str, list[object]] = {
+        "init": [rows, "-o", "new.yaml"],
+        "plan": ["--config", tiny.CONFIG],
+        "run": ["--config", tiny.CONFIG, f"run={copy}", "merge"],
+        "status": ["--config", tiny.CONFIG, f"run={copy}"],
+        "predict": [model, rows, "-o", "p.csv"],
+        "evaluate": [model, "--data", rows],
+        "verify": [copy],
+        "report": [copy],
+        "export --format onnx": [model, "-o", "onnx"],
+        "export --format hub": [copy, "-o", "hub"],
+        "completion": ["bash"],
+    }
+    found = {}
+    for words, more in asked.items():
+        capsys.readouterr()
+        assert code(*words.split(), *more, "--json") == 0
+        found[words] = list(json.loads(capsys.readouterr().out))
+    assert found == {words: known[words].split(", ") for words in asked}
 
 
 def test_verify_tells_of_each_problem_on_a_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

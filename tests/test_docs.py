@@ -6,14 +6,17 @@ each command's script, flags, config, overrides and targets must be there. Links
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import tiny
@@ -23,6 +26,7 @@ from llmkd.cli.run import chosen
 from llmkd.config import load
 from llmkd.errors import ConfigError
 from llmkd.stage import parse
+from llmkd.tracking import Track, record
 
 PAGES = [tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- run -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
@@ -37,6 +41,9 @@ OTHERS = {  # programs that are not ours, and how they are called
     "ls": r"runs/demo",
     "head": r"-n 1\)",
     "cat": r"\S+",
+    "source": r"(completion bash\))?",  # <(...)
+    "complete": r"-p llmkd",
+    "echo": r".*",
     "printf": r".*",
     "python": r"-?",
 }
@@ -109,6 +116,8 @@ def understood(words: list[str]) -> None:
         assert all(word.startswith("--") or word.isdigit() for word in words[1:]), words
     elif program == "python" and words[1] == "-m":
         assert importlib.util.find_spec(words[2]), words
+    elif program == "python" and words[1:2] == ["-c"]:
+        ast.parse(words[2])
     elif program == "python" and len(words) > 1 and words[1] != "-":
         script_knows(words[1], words[2:])
     else:
@@ -178,6 +187,8 @@ def make_knows(words: list[str]) -> None:
 
 def script_knows(script: str, words: list[str]) -> None:
     source = (tiny.ROOT / script).read_text(encoding="utf-8")
+    if "\nfrom side import" in source:  # what the benchmarks share, their flags too
+        source += (tiny.ROOT / "benchmarks/side.py").read_text(encoding="utf-8")
     for word in words:
         assert not word.startswith("--") or f'"{word.split("=")[0]}"' in source, f"{script} has no {word}"
 
@@ -225,6 +236,86 @@ def strings(path: Path) -> Iterator[str]:
             yield node.value
         elif isinstance(node, ast.JoinedStr):
             yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+
+
+def test_the_reference_s_plan_is_what_the_page_s_own_words_print(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.ROOT)
+    text = (tiny.ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", text, re.DOTALL)
+    assert found
+    exec(compile(found[1], "docs/plan.md", "exec"), {})
+    assert capsys.readouterr().out.strip() == found[2].strip()
+    hours = float(found[2].split("in all")[1].split()[3])
+    assert f"{hours / 24:.1f} days" in text, "beside the published 15"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_shell_block_is_one_that_bash_reads(page: Path) -> None:
+    for _, language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language in ("bash", "sh"):
+            found = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+            assert (found.returncode, found.stderr) == (0, ""), block
+
+
+# In SLURM's place: srun runs its words, scontrol names hosts, the others tell how they are called.
+SLURM = {
+    "srun": 'exec "$@"',
+    "scontrol": '[ "$1 $2" = "show hostnames" ] && printf "node7\\nnode8\\n"',
+    "torchrun": 'echo torchrun "$@"',
+    "python": 'echo python "$@"',
+}
+
+
+def test_the_slurm_scripts_run_on_stand_ins(tmp_path: Path) -> None:
+    for name, body in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    text = (tiny.ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    scripts = [block for _, _, block in BLOCK.findall(text) if "#SBATCH" in block]
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3"}
+    environment |= {"SLURM_JOB_NODELIST": "node[7-8]"}
+    called = []
+    for script in scripts:
+        assert script.startswith("#!/bin/bash\n#SBATCH "), "sbatch reads what comes before the first command"
+        asked = re.findall(r"^#SBATCH (.*)$", script, re.MULTILINE)
+        known = r"--(nodes|ntasks-per-node|gpus-per-node|gpus|array|time|signal)=\S+"
+        assert all(re.fullmatch(known, word) for line in asked for word in line.split())
+        done = subprocess.run(
+            ["bash", "-eu"], input=script, env=environment, capture_output=True, text=True, check=True
+        )
+        called.append(done.stdout.split())
+    assert [words[0] for words in called] == ["torchrun", "python"]
+    assert "node7:29500" in called[0]
+    assert called[1][-4:] == ["--teacher", "qwen2-72b", "--fold", "3"]
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_what_a_run_left(tmp_path: Path) -> None:
+    place = tmp_path / "runs" / "demo"
+    record(Track("tensorboard", place, "06_evaluate", {}), {"student": {"log_loss": 0.9}})
+    (command,) = [
+        words
+        for words in commands((tiny.ROOT / "docs" / "tracking.md").read_text(encoding="utf-8"))
+        if words[0] == "tensorboard"
+    ]
+    program = [str(Path(sys.executable).with_name("tensorboard")), *command[1:], "--port", "0"]
+    server = subprocess.Popen(
+        program, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert server.stdout
+        address = next(found[0] for line in server.stdout if (found := re.search(r"http://\S+", line)))
+        until = time.monotonic() + 60
+        tags: dict[str, object] = {}
+        while not tags and time.monotonic() < until:  # it reads in the background
+            with urlopen(f"{address}data/plugin/scalars/tags") as answer:
+                tags = json.load(answer)
+        assert list(tags["06_evaluate"]) == ["student/log_loss"]  # type: ignore[call-overload]
+    finally:
+        server.terminate()
+        server.wait()
 
 
 RUN = [page for page in PAGES if "<!-- run -->" in page.read_text(encoding="utf-8")]

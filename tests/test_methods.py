@@ -14,6 +14,7 @@ from llmkd.errors import ModelError
 from llmkd.losses import ce, kl
 from llmkd.methods.cached import Cached
 from llmkd.methods.online import Online
+from llmkd.models.load import load_classifier
 from llmkd.models.lora import add_lora, save_trained, trainable, trainable_state
 from llmkd.models.pooling import class_logits
 from llmkd.objective import Objective
@@ -76,6 +77,23 @@ def test_running_teachers_give_the_loss_and_gradient_of_their_cached_logits() ->
     torch.testing.assert_close(gradients(students[0]), expected, rtol=1e-5, atol=1e-6)
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-3
     assert not any(gradients(teacher) for teacher in teachers.values())
+
+
+def test_a_running_teacher_in_nf4_teaches_as_its_cached_logits_do(tmp_path: Path) -> None:
+    tiny.classifier(seed=1).save_pretrained(tmp_path)
+    teacher = load_classifier(str(tmp_path), tiny.LABELS, load_in="nf4", pad_id=0)
+    assert "Linear4bit" in {type(module).__name__ for module in teacher.modules()}
+    examples = tiny.examples()
+    cached = predict(teacher, examples, ALL, 10_000)[:, None]  # (24, 1, 3)
+    students = [tiny.classifier("gemma2") for _ in range(2)]
+    beside = Online(students[0], objective("t"), {"t": teacher}).train()
+    losses = [beside(**batch(examples))[0]]
+    losses.append(Cached(students[1], objective("t")).train()(**batch(examples.with_teachers(cached)))[0])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+    for loss in losses:
+        loss.mean().backward()
+    torch.testing.assert_close(gradients(students[0]), gradients(students[1]), rtol=1e-3, atol=1e-4)
+    assert not gradients(teacher)
 
 
 def test_a_teacher_reads_its_own_tokens() -> None:

@@ -10,7 +10,7 @@ import tiny
 
 from llmkd import config as configs
 from llmkd.errors import ConfigError, LlmkdError, ModelError
-from llmkd.planning import memory, plan, shapes, table, work
+from llmkd.planning import lookup, memory, plan, shapes, table, work
 from llmkd.planning.memory import Way, Zero
 
 SHIPPED = sorted((tiny.ROOT / "configs").glob("*.yaml"))
@@ -54,7 +54,7 @@ LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear"}
 
 
 def small(architecture: str, **more: Any) -> shapes.Shape:
-    return shapes.from_init(architecture, {**SMALL[architecture], "num_hidden_layers": 2, **more}, 64)
+    return lookup.from_init(architecture, {**SMALL[architecture], "num_hidden_layers": 2, **more}, 64)
 
 
 def way(**more: Any) -> Way:
@@ -63,14 +63,14 @@ def way(**more: Any) -> Way:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_known_shapes_have_the_published_number_of_parameters(name: str) -> None:
-    shape = shapes.named(name)
+    shape = lookup.named(name)
     count = shape.backbone + (0 if shape.encoder else shape.head(None))
     assert count / 1e6 == pytest.approx(PUBLISHED[name], abs=0.006)
 
 
 def test_every_listed_shape_is_published() -> None:
-    listed = {json.dumps(entry["config"]) for entry in shapes.known().values()}
-    assert listed == {json.dumps(shapes.known()[name.lower()]["config"]) for name in PUBLISHED}
+    listed = {json.dumps(entry["config"]) for entry in lookup.known().values()}
+    assert listed == {json.dumps(lookup.known()[name.lower()]["config"]) for name in PUBLISHED}
 
 
 @pytest.mark.parametrize("architecture", SMALL)
@@ -102,7 +102,7 @@ def test_an_unfamiliar_architecture_is_counted_on_the_meta_device(tmp_path: Path
     settings = {**tiny.DECODER, "head_dim": 16, "num_labels": 3}
     model = classifier("qwen3", settings)
     model.save_pretrained(tmp_path)
-    shape = shapes.named(str(tmp_path))
+    shape = lookup.named(str(tmp_path))
     assert shape.backbone + shape.head(3) == sum(p.numel() for p in model.parameters())
 
 
@@ -154,7 +154,7 @@ def test_states_without_sharding() -> None:
 
 
 def test_nf4_holds_only_linear_weights_in_four_bits() -> None:
-    shape = shapes.named("meta-llama/Meta-Llama-3-70B-Instruct")
+    shape = lookup.named("meta-llama/Meta-Llama-3-70B-Instruct")
     linear = shape.layers * shape.block
     held = memory.held(shape, way(load_in="nf4", lora=LORA))
     assert held == pytest.approx(linear * 0.516 + 2 * (shape.backbone - linear), rel=1e-3)
@@ -186,7 +186,7 @@ def test_the_shipped_deepspeed_files(name: str) -> None:
 
 
 def test_checkpointing_and_smaller_batches_save_activations() -> None:
-    shape = shapes.named("google/gemma-2-2b")
+    shape = lookup.named("google/gemma-2-2b")
     lora = {**LORA, "dropout": 0.05}
     whole = memory.activations(shape, way(lora=lora, load_in="bf16", precision="bf16"), (8, 512))
     half = memory.activations(shape, way(lora=lora, load_in="bf16", precision="bf16"), (4, 512))
@@ -351,7 +351,7 @@ def test_an_unknown_model_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPat
 def test_a_damaged_config_json_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(LlmkdError, match="is not JSON"):
-        shapes.named(str(tmp_path))
+        lookup.named(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     with pytest.raises(LlmkdError, match="hidden_size"):
-        shapes.named(str(tmp_path))
+        lookup.named(str(tmp_path))

@@ -206,7 +206,22 @@ def test_several_files_are_one_and_agree_on_their_ids(texts: Path, tmp_path: Pat
     assert pq.read_table(tmp_path / "p.parquet")["id"].to_pylist() == list(range(6))
     with pytest.raises(DataError) as error:
         predict_file(texts, str(tmp_path / "b*.csv"), tmp_path / "q.parquet")
-    refused(error, "not every file has the ids")
+    refused(error, "column 'id' is not in every file")
+
+
+def test_an_id_that_begins_late_is_refused_and_nothing_is_left(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"review": f"review {at}", **({"id": at, "more": 1} if at >= 4 else {})} for at in range(6)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    in_chunks_of(2, monkeypatch)
+    with pytest.raises(DataError) as error:
+        predict_file(texts, str(source), tmp_path / "p.csv")
+    refused(error, "column 'id'", "begins late in one: give each row an id, or none")
+    assert list(tmp_path.glob("p.*")) == []
+    source.write_text("".join(json.dumps({**row, "id": at}) + "\n" for at, row in enumerate(rows)))
+    assert predict_file(texts, str(source), tmp_path / "p.csv")["rows"] == 6, "other names may come late"
 
 
 def test_a_row_without_content_has_no_prediction(

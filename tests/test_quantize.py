@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from llmkd import quantize
 from llmkd.errors import ModelError
 from llmkd.gptq import _own_arguments
 from llmkd.models.artifact import load_artifact, open_tensors
@@ -114,6 +116,26 @@ def test_head_and_all_else_is_kept(quantized):
         assert head
         assert all(torch.equal(before[name](), after[name]()) for name in head)
         assert all(f"{name.rpartition('.')[0]}.qweight" in after for name in kept)  # float16 biases of layers
+
+
+def test_the_model_is_gone_before_its_files_are_compared(tmp_path, monkeypatch):
+    loaded, alive = [], []
+    load, compare = quantize._load, quantize._compare
+
+    def loading(*given):
+        model = load(*given)
+        loaded.append(weakref.ref(model))
+        return model
+
+    def comparing(*given):
+        alive.extend(one() is not None for one in loaded)
+        return compare(*given)
+
+    monkeypatch.setattr(quantize, "_load", loading)
+    monkeypatch.setattr(quantize, "_compare", comparing)
+    source = save_model(tmp_path / "float", CONFIGS["llama"])
+    quantize_gptq(source, tmp_path / "packed", CALIBRATION, group_size=32)
+    assert alive == [False]
 
 
 def test_no_worse_than_rounding(quantized):

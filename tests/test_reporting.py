@@ -15,7 +15,7 @@ import pytest
 from llmkd import logits, run
 from llmkd.errors import CacheError, RunError
 from llmkd.evaluate import drift, ece, mean_scores, scores, softmax
-from llmkd.reporting import gather, judged, looks, provenance, rowwise, words, write_report
+from llmkd.reporting import figures, gather, judged, looks, provenance, rowwise, words, write_report
 from llmkd.reporting.page import document, write
 
 LABELS = ["<script>document.title='taken'</script>", "b & c", "constructor"]
@@ -136,7 +136,7 @@ def made(root: Path, *, student: float = 1.0, baseline: float | None = 0.2, arti
         metrics[name] = scores(softmax(found), truth)
     metrics |= {
         "drift": drift(merged, quantized),
-        "latency": {"rows_per_second": 1000.0},
+        "latency": {"rows_per_second": 1000.0, "artifacts": {"merged": 1200.0, "quantized": 1000.0}},
         "size_bytes": {"merged": 400, "quantized": 200},
         "calibration": {"temperature": 1.5, "rows": 8},
     }
@@ -228,7 +228,7 @@ def test_one_file_with_its_sections_in_order(whole: Path) -> None:
         "Provenance",
     ]
     assert path.stat().st_size < 2.5e6
-    there = {"losses", "courses", "agreement", "divergence", "calibration", "size", "confusion"}
+    there = {"losses", "courses", "agreement", "divergence", "calibration", "size", "speed", "confusion"}
     assert plots(page(path)).keys() == there
     assert re.findall(r"class='plot' id='(\w+)'", page(path)) == [
         "losses",
@@ -237,6 +237,7 @@ def test_one_file_with_its_sections_in_order(whole: Path) -> None:
         "divergence",
         "calibration",
         "size",
+        "speed",
         "confusion",
     ]
 
@@ -367,6 +368,52 @@ def test_the_table_and_the_dots_show_what_metrics_say(whole: Path) -> None:
         assert f"</span>{name}</td><td>{row['log_loss']:.4f}</td><td>{row['accuracy']:.4f}</td>" in content
     assert losses[1]["x"] == pytest.approx([row["log_loss"] for row in data["scores"].values()])
     assert len(losses[0]["x"]) == 4 * FOLDS
+
+
+def judged_sizes(settings: Table, files: Table, teachers: Sequence[str] = ()) -> Table:
+    """The sizes told of a run of one student's fold and nothing else."""
+    unit = {"stage": gather.DISTILL, "settings": {"kind": "student", "fold": 0, **settings}, "files": files}
+    metrics = {"size_bytes": {}, "teachers": {name: {} for name in teachers}}
+    return gather.sizes({"03_distill/gemma/fold0": unit}, metrics, "gemma")
+
+
+def test_a_base_outside_the_run_is_sized_by_its_files_or_its_known_shape(tmp_path: Path) -> None:
+    adapter = {"adapter/adapter_model.safetensors": {"bytes": 1000}}
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 300)
+    for model, base in (("google/gemma-2-2b-it", 2 * 2_614_341_888), (str(tmp_path), 300)):
+        found = judged_sizes({"student": {"name": "gemma", "model": model}}, adapter)
+        assert found == {"student": base + 1000}
+    assert judged_sizes({"student": {"name": "gemma", "model": "no/one"}}, adapter) == {"student": None}
+    assert judged_sizes({"student": {"name": "gemma", "model": None}}, adapter) == {"student": None}
+
+
+def test_a_teacher_beside_the_student_is_sized_too(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 300)
+    settings = {"student": {"name": "gemma"}, "online": [{"name": "near", "model": str(tmp_path)}]}
+    whole = {"adapter/model.safetensors": {"bytes": 70}}
+    found = judged_sizes(settings, whole, ["near", "far"])
+    assert found == {"student": 70, "teacher near": 300, "teacher far": None}
+
+
+def test_nearly_equal_accuracies_are_not_stretched_apart() -> None:
+    points = {"merged": (10.0, 1.0), "quantized": (5.0, 1.0)}
+    of = looks.colours(list(points))
+    drawn = figures.scatter(points, of, across="size", up="accuracy", unit="B")
+    assert drawn.layout.yaxis.range == (0.98, 1.02)
+    far = {"merged": (10.0, 1.0), "quantized": (5.0, 0.5)}
+    assert figures.scatter(far, of, across="size", up="accuracy", unit="B").layout.yaxis.range is None
+
+
+def test_ticks_of_a_logarithmic_axis_are_numbers_in_full() -> None:
+    values = {"teacher big": 7.4, "before": 90.0}
+    of = looks.colours(list(values))
+    axis = figures.dots(values, {}, of, what="perplexity", log=True).layout.xaxis
+    assert {"10", "20", "50", "100"} <= set(axis.ticktext)
+    assert not {"3", "9", "90"} & set(axis.ticktext)
+    near = {"merged": (1200.0, 0.5), "quantized": (1000.0, 0.5)}
+    drawn = figures.scatter(near, looks.colours(list(near)), across="speed", up="accuracy", unit="rows/s")
+    seen = [word for word in drawn.layout.xaxis.ticktext if 708 < float(word.replace(",", "")) < 1695]
+    assert seen == ["1,000", "1,500"]
 
 
 def test_a_model_has_one_colour(whole: Path) -> None:

@@ -96,7 +96,7 @@ def test_every_plot_is_drawn_on_a_phone_in_the_dark(tmp_path: Path) -> None:
     first, second = found["first"], found["second"]
     assert console == []
     assert first["drawn"] == first["plots"]
-    assert len(first["plots"]) == 7
+    assert len(first["plots"]) == 8
     assert max(first["wide"]) <= 390
     assert first["page"] == [390, 390]
     assert first["title"] == "llmkd: run", "no string of the run was run"

@@ -122,6 +122,23 @@ def test_hub_sources_name_config_and_split(monkeypatch: pytest.MonkeyPatch) -> N
         rows.read("hub:o/none")
 
 
+def test_a_hub_source_is_read_by_the_datasets_library_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A directory laid out as a hub repository is, since no hub can be reached here."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for part, count in (("train", 3), ("validation", 2)):
+        parquet.write_table(pairs().slice(0, count), tmp_path / "set" / f"{part}-00000-of-00001.parquet")
+    source = f"hub:{tmp_path}/set"
+    assert rows.read(source).to_pylist() == pairs().slice(0, 3).to_pylist()
+    assert rows.read(f"{source}::validation").to_pylist() == pairs().slice(0, 2).to_pylist()
+    with pytest.raises(DataError, match=r'Unknown split "nope".*: check the name or give a file'):
+        rows.read(f"{source}::nope")
+    with pytest.raises(DataError, match="hub:nobody/nothing: cannot be loaded"):
+        rows.read("hub:nobody/nothing")
+
+
 class _Loaded:
     def with_format(self, kind: str) -> "_Loaded":
         assert kind == "arrow"

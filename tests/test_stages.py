@@ -81,7 +81,8 @@ def test_metrics_hold_what_is_promised(finished: Path) -> None:
         assert 0 < found[name]["log_loss"] < 3
     assert set(found["drift"]) == {"max_abs_logit", "mean_abs_logit", "kl", "agreement"}
     assert set(found["size_bytes"]) == {"merged", "quantized"}
-    assert found["latency"]["rows_per_second"] > 0
+    assert found["latency"]["artifacts"].keys() == {"merged", "quantized"}
+    assert found["latency"]["rows_per_second"] == found["latency"]["artifacts"]["quantized"] > 0
     assert 0 <= found["padding_share"] < 0.1
     assert 0.5 < found["bayes_log_loss"] < 1.1
     assert abs(found["quantized"]["log_loss"] - found["merged"]["log_loss"]) < 0.01
@@ -140,6 +141,14 @@ def test_an_artifact_of_other_classes_is_refused(copy: Path, capsys: pytest.Capt
         assert tiny.stage("06_evaluate", f"run={copy}", f"--artifact={own}") == code
     assert "its classes are ['b', 'a', 'tie'], not ['a', 'b', 'tie']" in capsys.readouterr().err
     assert len(list(copy.glob("06_evaluate-theirs-*/metrics.json"))) == 1
+
+
+def test_an_artifact_without_a_pad_token_is_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = Path(shutil.copytree(copy / "04_merge" / "model", copy.parent / "padless"))
+    told = json.loads((own / "tokenizer_config.json").read_text())
+    (own / "tokenizer_config.json").write_text(json.dumps({**told, "pad_token": None}))
+    assert tiny.stage("06_evaluate", f"run={copy}", f"--artifact={own}") == 2
+    assert f"{own}: its tokenizer has no pad token; set one and save it again" in one_error(capsys)
 
 
 def test_no_file_names_this_machine(finished: Path) -> None:
@@ -285,6 +294,25 @@ def test_a_full_student_taught_out_of_fold(copy: Path) -> None:
     found = metrics(copy)
     assert {"student", "merged", "merged_tta"} <= set(found)
     assert not {"baseline", "quantized", "drift"} & set(found)
+
+
+def test_teachers_over_quantized_bases_and_a_student_of_four_bits(copy: Path) -> None:
+    before, names = metrics(copy), ("llama", "qwen")
+    floats = [run.manifest(copy / f"02_teachers/{name}/fold0")["metrics"]["best"] for name in names]
+    changes = [f"run={copy}", "teachers.llama.load_in=nf4", "teachers.qwen.load_in=int8", "quantize.bits=4"]
+    for name in STAGES[2:]:
+        assert tiny.stage(name, *changes) == 0
+    for name, best in zip(names, floats, strict=True):
+        manifest = run.manifest(copy / f"02_teachers/{name}/fold0")
+        assert manifest["metrics"]["best"] == pytest.approx(best, abs=0.1)
+        assert manifest["metrics"]["best"] != pytest.approx(best, abs=1e-5)  # the base has been rounded
+        assert manifest["rows"]["oof"] + manifest["rows"]["train"] == 192
+    packing = json.loads((copy / "05_quantize/model/config.json").read_text())["quantization_config"]
+    assert packing["bits"] == 4
+    found = metrics(copy)
+    assert found["size_bytes"]["quantized"] < before["size_bytes"]["quantized"]
+    assert found["drift"]["mean_abs_logit"] > 2 * before["drift"]["mean_abs_logit"]
+    assert found["quantized"]["rows"] == found["merged"]["rows"] == 40
 
 
 def test_one_fold_trained_on_everything(tmp_path: Path) -> None:

@@ -80,9 +80,9 @@ def active_run():
 def end_run():
     raise AssertionError("whoever starts a run ends it")
 @contextmanager
-def start_run(run_name):
+def start_run(run_name, tags):
     global active
-    note("init", name=run_name)
+    note("init", name=run_name, tags=tags)
     active = types.SimpleNamespace(info=None)
     yield active
     active = None
@@ -256,6 +256,13 @@ def test_mlflow_writes_into_the_run_unless_told_where(
     assert [facts["uri"] for what, facts in said(file) if what == "uri"] == [
         f"sqlite:///{tmp_path}/run/tracking/mlflow.db"
     ]
+
+
+def test_mlflow_is_told_a_stage_for_its_source(tmp_path: Path, package: Any) -> None:
+    file = package("mlflow", MLFLOW)
+    train(tmp_path, "mlflow")
+    (begun,) = [facts for what, facts in said(file) if what == "init"]
+    assert begun["tags"] == {"mlflow.source.name": "02_teachers"}
 
 
 def test_a_missing_package_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -44,9 +46,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             answer = COMMANDS[arguments.command].answer(arguments)
         text = json.dumps(answer.data, indent=1, ensure_ascii=False) if arguments.json else answer.text
         if text:
-            print(text, flush=True)
+            say(text)
     if answer.code:
         sys.exit(answer.code)
+
+
+def say(text: str) -> None:
+    """Print. Whoever reads may close the pipe early, as `head` does: that ends it as SIGPIPE would."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def tree() -> tuple[Parser, dict[str, Parser]]:

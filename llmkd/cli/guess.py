@@ -11,6 +11,7 @@ from llmkd.errors import DataError
 LABEL = "label class category target winner won preferred preference sentiment stars star rating topic intent"
 LABEL += " verdict outcome income grade score choice vote result y"
 PROMPT = "prompt question query instruction input context request user"
+KEY = "id uid uuid guid key nr"
 NAMES = {0: "a", 1: "b", 2: "tie"}
 
 
@@ -49,8 +50,7 @@ def guess(columns: Sequence[Column], asked: Mapping[str, str], values: Mapping[s
         "causal_lm": _causal_lm,
     }[kind](columns, asked, values)
     found.id = asked.get("id") or _id(columns, found)
-    told = f"id: column `{found.id}`, a value of its own in each row" if found.id else "id: none; rows count"
-    found.why = [f"kind: {kind}, {why}", *found.why, told]
+    found.why = [f"kind: {kind}, {why}", *found.why, _id_told(found, columns), *_unread(found, columns)]
     return found
 
 
@@ -222,11 +222,36 @@ def _ordered(label: Column) -> list[str]:
 
 
 def _id(columns: Sequence[Column], found: Guess) -> str | None:
-    used = {*found.fields.values(), *(found.label if isinstance(found.label, list) else [found.label])}
-    used |= {*found.numeric, *found.categorical}
-    keys = [column for column in columns if column.is_key and column.name not in used and not column.is_long]
-    named = hinted(keys, "id uid uuid guid key nr")
+    others = _others(found, columns)
+    keys = [column for column in columns if column.is_key and column.name in others and not column.is_long]
+    named = hinted(keys, KEY)
     return named[0].name if named else None
+
+
+def _id_told(found: Guess, columns: Sequence[Column]) -> str:
+    if found.id:
+        return f"id: column `{found.id}`, a value of its own in each row"
+    rest = [column for column in columns if column.name in _others(found, columns) and not column.is_key]
+    twice = [column for column in hinted(rest, KEY) if column.distinct > column.rows // 2]
+    why = f", as `{twice[0].name}` is blank or the same in some rows" if twice else ""
+    return f"id: none{why}; rows count"
+
+
+def _unread(found: Guess, columns: Sequence[Column]) -> list[str]:
+    """What no model will see, as a reader may take more to be read than is."""
+    others = [] if found.kind == "tabular" else _others(found, columns)  # which tells what it left out
+    said = [f"not read: {', '.join(f'`{name}`' for name in others)}"] if others else []
+    texts = [column.name for column in columns if column.name in others and column.is_long]
+    if found.kind == "classification" and texts:
+        told = ", ".join(f"`{name}`" for name in texts)
+        said.append(f"  texts, too: {told}; two answers to compare are told by --response-a, --response-b")
+    return said
+
+
+def _others(found: Guess, columns: Sequence[Column]) -> list[str]:
+    used = {*found.fields.values(), *found.numeric, *found.categorical, found.id}
+    used |= {*(found.label if isinstance(found.label, list) else [found.label])}
+    return [column.name for column in columns if column.name not in used]
 
 
 def _longest(columns: Sequence[Column]) -> Column:

@@ -42,6 +42,9 @@ def artifact_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of a row, if not as it was trained")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the Python code that lies in the artifact"
+    )
+    parser.add_argument(
         "--column",
         action="append",
         default=[],
@@ -58,6 +61,7 @@ def artifact_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "batch_tokens": arguments.batch_tokens,
         "precision": arguments.precision,
         "max_tokens": arguments.max_tokens,
+        "trust_remote_code": arguments.trust_remote_code,
         "columns": pairs(arguments.column, "--column", "FIELD=COLUMN"),
     }
 
@@ -79,7 +83,8 @@ def lines(data: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping):
             shown += [f"{key}:", *(f"  {line}" for line in lines(value).splitlines())]
         else:
-            shown.append(f"{key}: {round(value, 4) if isinstance(value, float) else value}")
+            told = "none" if value is None else round(value, 4) if isinstance(value, float) else value
+            shown.append(f"{key}: {told}")
     return "\n".join(shown)
 
 

@@ -6,33 +6,50 @@ from itertools import permutations
 from llmkd.cli.columns import Column, tokens
 
 WORDS = (("left", "right"), ("first", "second"), ("one", "two"), ("former", "latter"))
-TIE = ("tie", "ties", "tied", "draw", "same", "equal", "both", "neither", "none")
+TIE = "tie ties tied draw same equal both neither none gleich unentschieden beide keine égal igual empate"
 HOT, COLD = ("1", "1.0", "true"), ("0", "0.0", "false")
 # Values that are numbers alone; the first is what this package writes itself.
 NUMBERS = ({"0": 0, "1": 1, "2": 2}, {"0": 0, "1": 1}, {"1": 0, "2": 1}, {"1": 0, "2": 1, "3": 2})
 
 
 def answers(columns: Sequence[Column]) -> tuple[Column, Column] | None:
-    """The two long columns whose names differ in one word that tells sides: a and b, 1 and 2, left and right.
+    """The two long columns whose names differ in one word that tells sides: a and b, 1 and 2, left and right;
+    else in any word, of any language, where a column of a few values holds both words.
 
     Of several such pairs the one with the longest texts.
     """
-    long = [column for column in columns if column.is_long]
-    found = [pair for pair in permutations(long, 2) if sides(pair[0].name, pair[1].name)]
+    couples = list(permutations([column for column in columns if column.is_long], 2))
+    found = [pair for pair in couples if sides(pair[0].name, pair[1].name)]
+    found = found or [pair for pair in couples if _compared(columns, pair[0].name, pair[1].name)]
     return max(found, key=lambda pair: pair[0].characters + pair[1].characters, default=None)
 
 
 def sides(first: str, second: str) -> tuple[str, str] | None:
     """The words by which two names tell sides; None where they do not."""
+    if (words := apart(first, second)) is None:
+        return None
+    a, b = words
+    following = len(a) == len(b) == 1 and ord(b) == ord(a) + 1
+    return words if following or words in WORDS else None
+
+
+def apart(first: str, second: str) -> tuple[str, str] | None:
+    """The one word in which two names differ, in each; None where they differ in more."""
     ours, theirs = tokens(first), tokens(second)
     if len(ours) != len(theirs):
         return None
-    apart = [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]]
-    if len(apart) != 1:
-        return None
-    a, b = apart[0]
-    following = len(a) == len(b) == 1 and ord(b) == ord(a) + 1
-    return (a, b) if following or (a, b) in WORDS else None
+    found = [pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]]
+    return found[0] if len(found) == 1 else None
+
+
+def _compared(columns: Sequence[Column], first: str, second: str) -> bool:
+    """Whether values of some column name both columns, by the words in which their names differ."""
+    words = apart(first, second)
+    return words is not None and any(
+        all(any(word in tokens(value) for value in column.values) for word in words)
+        for column in columns
+        if column.is_category
+    )
 
 
 def winner(values: Sequence[str], first: str, second: str) -> dict[str, int] | None:
@@ -48,10 +65,10 @@ def winner(values: Sequence[str], first: str, second: str) -> dict[str, int] | N
 
 def side(value: str, first: str, second: str) -> int | None:
     """0, 1 or 2 for one value, by an answer's own name, by the word that tells its side, or by a tie's."""
-    said, marks = set(tokens(value)), sides(first, second)
+    said, marks = set(tokens(value)), apart(first, second)
     if value.casefold() in (first.casefold(), second.casefold()):
         return int(value.casefold() == second.casefold())
-    if said & set(TIE):
+    if said & set(TIE.split()):
         return 2
     for a, b in (*([marks] if marks else []), ("a", "b"), ("1", "2"), *WORDS):
         if (a in said) != (b in said):

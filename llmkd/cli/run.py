@@ -2,14 +2,11 @@
 
 Stages: prepare, pretrain, teachers, distill, merge, quantize, evaluate. Each is a process of its own. The
 first that fails ends the run with its exit code; Ctrl-C and SIGTERM are passed on, and what can be gone on
-with is saved.
+with is saved, also (on Linux) where this command itself is killed.
 """
 
 import argparse
-import os
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,14 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmkd.cli.options import STAGES, Answer, config_flags
+from llmkd.cli.processes import abreast
 from llmkd.parser import nearest
 
 if TYPE_CHECKING:
     from llmkd.schema import Config
 
 PARTS = {"pretrain": "models", "teachers": "teachers", "distill": "folds"}  # see llmkd.stage.parts
-STDERR = 2  # its file descriptor
 FLAGS = {"models": ["--model"], "teachers": ["--teacher", "--fold"], "folds": ["--fold"]}
+OWN = {  # the flags that a stage has itself
+    "pretrain": ("model",),
+    "teachers": ("teacher", "fold"),
+    "distill": ("student", "fold", "only"),
+    "evaluate": ("artifact",),
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-j",
         "--jobs",
-        type=int,
+        type=at_least_one,
         default=1,
         metavar="N",
         help="models, teachers and folds side by side, N at a time, each on its share of the cores",
@@ -46,6 +49,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launch", default="", metavar="WORDS", help='e.g. "deepspeed --num_accelerators 2", or torchrun'
     )
+    for flag in dict.fromkeys(flag for flags in OWN.values() for flag in flags):
+        whose = " and ".join(name for name, flags in OWN.items() if flag in flags)
+        parser.add_argument(
+            f"--{flag}",
+            action="append",
+            default=[],
+            metavar="student|baseline" if flag == "only" else flag.upper(),
+            help=f"of {whose}, only this; may be repeated",
+        )
+
+
+def at_least_one(word: str) -> int:
+    if not word.isascii() or not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of at least 1")
+    return int(word)
 
 
 def answer(arguments: argparse.Namespace) -> Answer:
@@ -54,14 +72,18 @@ def answer(arguments: argparse.Namespace) -> Answer:
     overrides = [word for word in arguments.words if "=" in word]
     config = load(arguments.config, overrides)
     names = chosen([word for word in arguments.words if "=" not in word], config)
+    own = own_flags(arguments, names)
     launch = shlex.split(arguments.launch) or [sys.executable]
     done = []
     for name in names:
         base = [*launch, str(script(STAGES[name])), "--config", arguments.config, *overrides]
         print(f"{STAGES[name]}:", flush=True)
         started = time.monotonic()
-        commands = [[*base, *words] for words in parts(config, name)] if arguments.jobs > 1 else []
-        code = abreast(commands, arguments.jobs, arguments.json) or abreast([base], 1, arguments.json)
+        mine = {f"--{flag}": own[flag] for flag in OWN.get(name, ()) if flag in own}
+        split = narrowed(parts(config, name), mine) if arguments.jobs > 1 else []
+        commands = [[*base, *words] for words in split]
+        code = abreast(commands, arguments.jobs, arguments.json)
+        code = code or abreast([[*base, *flat(mine)]], 1, arguments.json)
         done.append({"stage": STAGES[name], "seconds": round(time.monotonic() - started, 2), "code": code})
         if code:
             break
@@ -81,6 +103,35 @@ def chosen(asked: Sequence[str], config: "Config") -> list[str]:
     if asked:
         return [name for name in STAGES if name in {short.get(word, word) for word in asked}]
     return [name for name in STAGES if name != "evaluate" or config.task.test is not None]
+
+
+def own_flags(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, list[str]]:
+    """What the stages' own flags ask for. Raises ConfigError where a flag is of no stage that was named."""
+    from llmkd.errors import ConfigError
+
+    asked = {flag: vars(arguments)[flag] for flags in OWN.values() for flag in flags}
+    given = {flag: values for flag, values in asked.items() if values}
+    named = names if any("=" not in word for word in arguments.words) else []
+    for flag, values in given.items():
+        whose = [name for name, flags in OWN.items() if flag in flags]
+        if not set(whose) & set(named):
+            words = " or ".join(f"llmkd run {name} --{flag} {values[0]}" for name in whose)
+            raise ConfigError(f"--{flag} {values[0]}: name the stage that it is for: {words}")
+    return given
+
+
+def narrowed(split: Sequence[Sequence[str]], mine: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """The parts that a stage's own flags leave, each with those flags that no part has."""
+    left = [
+        list(words)
+        for words in split
+        if all(value in mine.get(flag, [value]) for flag, value in zip(words[::2], words[1::2], strict=True))
+    ]
+    return [words + flat({flag: mine[flag] for flag in mine if flag not in words}) for words in left]
+
+
+def flat(flags: Mapping[str, Sequence[str]]) -> list[str]:
+    return [word for flag, values in flags.items() for value in values for word in (flag, value)]
 
 
 def script(stage: str) -> Path:
@@ -103,72 +154,3 @@ def parts(config: "Config", name: str) -> list[list[str]]:
     found = [part.rsplit(":", len(flags) - 1) for part in stage.parts(config, PARTS[name])]
     words = [[word for pair in zip(flags, values, strict=True) for word in pair] for values in found]
     return words if len(words) > 1 else []
-
-
-def abreast(commands: Sequence[Sequence[str]], jobs: int, quiet: bool) -> int:
-    """Run commands, `jobs` at a time. The exit code of the first that failed, else 0.
-
-    After a failure no further one is started, and those that run come to their end. `quiet` sends their
-    stdout to stderr. A signal is passed on once, as a child takes a second one for "at once".
-    """
-    from llmkd import interrupt
-    from llmkd.errors import Stopped
-
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    if len(commands) > 1:
-        cores = len(os.sched_getaffinity(0))
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
-    waiting, running, failed = list(commands), list[subprocess.Popen[bytes]](), 0
-    try:
-        while running or (waiting and not failed):
-            while waiting and len(running) < jobs and not failed:
-                with interrupt.deferred():  # a signal now would lose sight of the child
-                    running.append(start(waiting.pop(0), environment, quiet))
-                if number := interrupt.asked():
-                    raise Stopped(number)
-            ended = [child for child in running if child.poll() is not None]
-            running = [child for child in running if child not in ended]
-            failed = failed or next((exit_code(child) for child in ended if child.returncode), 0)
-            time.sleep(0 if ended else 0.05)
-    except Stopped as stopped:
-        stop(running, stopped.signal)
-        raise
-    return failed
-
-
-def start(command: Sequence[str], environment: Mapping[str, str], quiet: bool) -> subprocess.Popen[bytes]:
-    """In a process group of its own, or a terminal's Ctrl-C would reach it from there and from here."""
-    from llmkd.errors import ConfigError
-
-    try:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=STDERR if quiet else None,
-            process_group=0,
-        )
-    except FileNotFoundError:
-        raise ConfigError(f"--launch {command[0]}: no such command; install it or correct it") from None
-
-
-def stop(running: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    """Pass a signal on, and any further one, until all have ended."""
-    from llmkd import interrupt
-
-    def pass_on(number: int, frame: object = None) -> None:
-        for child in running:
-            if child.poll() is None:
-                child.send_signal(number)
-
-    for each in interrupt.SIGNALS:
-        signal.signal(each, pass_on)
-    pass_on(number)
-    for child in running:
-        child.wait()
-
-
-def exit_code(child: subprocess.Popen[bytes]) -> int:
-    """As a shell tells it: 128 and the signal for one that a signal ended."""
-    code = child.returncode
-    return 128 - code if code < 0 else code

@@ -11,8 +11,9 @@ from typing import Any
 
 from llmkd import run, units
 from llmkd.errors import LlmkdError
+from llmkd.inputs import DISTILL, EVALUATE, MERGE, PREPARE, PRETRAIN, QUANTIZE, TEACHERS
 from llmkd.schema import Config
-from llmkd.stage import DISTILL, EVALUATE, MERGE, PREPARE, PRETRAIN, QUANTIZE, TEACHERS, is_made
+from llmkd.settings import is_made
 
 Make = Callable[[], units.Recipe]
 FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, pid

@@ -15,9 +15,10 @@ import numpy as np
 
 from llmkd import run
 from llmkd.errors import RunError
+from llmkd.inputs import PREPARE, PRETRAIN
 from llmkd.planning.work import Lengths
 from llmkd.schema import Config, Model, Pretrain
-from llmkd.stage import PREPARE, PRETRAIN, prepare_settings, pretrain_settings
+from llmkd.settings import prepare_settings, pretrain_settings
 
 SAMPLE = 512  # rows whose length is measured
 LETTERS = 4  # characters a token, where no tokenizer is at hand
@@ -186,7 +187,7 @@ def _canonical(config: Config, table: Any, part: str, phase: Pretrain | None) ->
     if task.features or task.image:
         return table
     if "messages" in task.columns and phase is None:
-        from llmkd.lm import chats_as_text
+        from llmkd.lm_rows import chats_as_text
 
         table = chats_as_text(table, task.columns["messages"], part)
     columns = phase.columns if phase else task.columns
@@ -263,15 +264,15 @@ def _tokenizer(config: Config, model: Model) -> Any:
     made = [unit / "model"] if stands(unit, pretrain_settings(config, student)) else []
     for directory in (*made, *([Path(asked)] if isinstance(asked, str) else [])):
         if any(directory.glob("tokenizer*")):
-            return tokenizer_in(str(directory))
+            return tokenizer_in(str(directory), student.trust_remote_code)
     return None
 
 
 @lru_cache(maxsize=8)
-def tokenizer_in(directory: str) -> Any:
+def tokenizer_in(directory: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a directory. Raises ModelError."""
     from transformers import AutoTokenizer
 
     from llmkd.models.load import from_hub
 
-    return from_hub(AutoTokenizer, directory)
+    return from_hub(AutoTokenizer, directory, trust_remote_code=trust_remote_code)

@@ -11,7 +11,7 @@ from llmkd.planning import advice, jobs, stages
 from llmkd.planning.data import phase_part
 from llmkd.planning.memory import HELD, read_zero
 from llmkd.schema import Config, Llm
-from llmkd.stage import phases
+from llmkd.settings import phases
 
 RESERVE = 0.08  # of an accelerator, for its driver's context, communication and what fragments
 PARTS = ("weights", "gradients", "optimizer", "activations", "head", "buffers", "peak")

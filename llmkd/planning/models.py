@@ -9,11 +9,12 @@ from typing import Any
 
 from llmkd import tasks
 from llmkd.errors import ModelError
-from llmkd.planning import shapes
+from llmkd.inputs import PRETRAIN
+from llmkd.planning import lookup
 from llmkd.planning.memory import Way, read_zero
 from llmkd.planning.shapes import Shape
 from llmkd.schema import Config, Model, Training, TrainTokenizer
-from llmkd.stage import PRETRAIN, pretrain_settings
+from llmkd.settings import pretrain_settings
 
 VALUES = 32  # of a category, where the rows are not at hand to be counted
 
@@ -24,15 +25,15 @@ def shape_of(config: Config, model: Model) -> Shape:
 
     made = Path(config.run) / PRETRAIN / model.name
     if stands(made, pretrain_settings(config, model)):
-        return shapes.on_disk(made / "model", model.attention)
+        return lookup.on_disk(made / "model", model.attention)
     if model.init is None:
         assert model.model
-        shape = shapes.named(model.model, model.attention)
+        shape = lookup.named(model.model, model.attention)
         return _kept(shape, len(model.layers)) if model.layers else shape
     if model.is_net:
         sizes = _sizes(config)
-        return shapes.from_init(model.init.architecture, {**model.init.config, **sizes}, 0)
-    return shapes.from_init(model.init.architecture, model.init.config, _vocabulary(config, model))
+        return lookup.from_init(model.init.architecture, {**model.init.config, **sizes}, 0)
+    return lookup.from_init(model.init.architecture, model.init.config, _vocabulary(config, model))
 
 
 def _kept(shape: Shape, layers: int) -> Shape:
@@ -50,13 +51,13 @@ def _vocabulary(config: Config, model: Model) -> int:
     if "vocab_size" in model.init.config:
         return int(model.init.config["vocab_size"])
     try:
-        return shapes.named(asked).vocab
+        return lookup.named(asked).vocab
     except ModelError:
         if not any(Path(asked).glob("tokenizer*")):
             raise
     from llmkd.planning.data import tokenizer_in
 
-    return len(tokenizer_in(asked))
+    return len(tokenizer_in(asked, model.trust_remote_code))
 
 
 def _sizes(config: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from llmkd.planning.memory import HELD, Way
 from llmkd.planning.shapes import Shape
 from llmkd.planning.work import Batches
 from llmkd.schema import Distill, Llm, Model, Student
-from llmkd.stage import phases
+from llmkd.settings import phases
 
 
 def all_jobs(plan: Plan) -> Iterator[Job]:

@@ -117,6 +117,6 @@ def gptq_memory(shape: Shape, tokens: float) -> float:
 
 
 def caching_rate(vocab: int, how: str, k: int, bits: int) -> int:
-    """Bytes a token of a cache of next tokens; as `llmkd.sparse.Layout.token_bytes`."""
+    """Bytes a token of a cache of next tokens; as `llmkd.layout.Layout.token_bytes`."""
     tail = max(16, bits) if how == "topk" else 0
     return -(-(tail + k * (max(1, (vocab - 1).bit_length()) + bits)) // 8)

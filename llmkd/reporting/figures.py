@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from llmkd.reporting.gather import family
-from llmkd.reporting.looks import FAINT, HIGH, INK, LOW, figure, quantity, text
+from llmkd.reporting.looks import FAINT, HIGH, INK, LOW, figure, logarithmic, quantity, text, tick_values
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "triangle-down", "x")
 NAMED = "<extra>%{fullData.name}</extra>"  # beside a hover label
@@ -62,13 +62,13 @@ def dots(
         hovertemplate="%{customdata}: %{x:.4f}<extra></extra>",
     )
     every = [*values.values(), *(value for _, value, _ in spread), *([] if floor is None else [floor])]
-    room = (max(every) - min(every)) * 0.08 or 0.01
-    across = {"type": "log"} if log else {"range": [min(every) - room, max(every) + room]}
+    room = (max(every) - min(every)) * 0.1 or 0.01
+    across = logarithmic(every) if log else {"range": [min(every) - room, max(every) + room]}
     drawn = figure(
         [faint, full],
         96 + 38 * len(names),
         showlegend=False,
-        xaxis={"title": {"text": what}, "nticks": 5, **across},
+        xaxis={"title": {"text": what}, "nticks": 5} | across,
         yaxis={
             "tickvals": list(range(len(names))),
             "ticktext": [text(name) for name in names],
@@ -269,13 +269,17 @@ def scatter(
         )
         for name, (x, y) in points.items()
     ]
-    ticks = _ticks([x for x, _ in points.values()])
+    ticks = tick_values([x for x, _ in points.values()])
     ends = [
         math.log10(min(x for x, _ in points.values())) - 0.15,
         math.log10(max(x for x, _ in points.values())),
     ]
     written = [quantity(tick, unit) for tick in ticks]
-    vertical = {"type": "log", "autorange": "reversed", "nticks": 6} if lower else {}
+    heights = [y for _, y in points.values()]
+    vertical = {"autorange": "reversed", **logarithmic(heights)} if lower else {}
+    if not lower and max(heights) - min(heights) < 0.02:  # plotly would stretch nearly equal ones apart
+        middle = (max(heights) + min(heights)) / 2
+        vertical = {"range": [middle - 0.02, middle + 0.02]}
     return figure(
         traces,
         400,
@@ -289,10 +293,3 @@ def scatter(
         yaxis={"title": {"text": up}, **vertical},
         showlegend=True,
     )
-
-
-def _ticks(values: Sequence[float]) -> list[float]:
-    """1, 2, 5 times powers of ten over the range of `values`; the powers alone where that is wide."""
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 0.15)
-    steps = (1, 2, 5) if high - low <= 3 else (1,)
-    return [step * 10.0**power for power in range(low, high + 1) for step in steps]

@@ -10,6 +10,8 @@ from typing import Any
 
 from llmkd import run as runs
 from llmkd.errors import RunError
+from llmkd.models.artifact import size_bytes
+from llmkd.planning import lookup, shapes
 
 PREPARE, PRETRAIN, TEACHERS = "00_prepare", "01_pretrain", "02_teachers"
 DISTILL, MERGE, QUANTIZE, EVALUATE = "03_distill", "04_merge", "05_quantize", "06_evaluate"
@@ -119,21 +121,36 @@ def family(name: str) -> str:
 
 def sizes(units: Units, metrics: Mapping[str, Any], student: str) -> dict[str, int | None]:
     """Bytes of the weights that one row meets, by model: the base and one fold's adapter; None where the
-    base is a checkpoint outside the run."""
+    base is neither in the run, nor on this disk, nor well known."""
     found: dict[str, int | None] = dict(metrics["size_bytes"])
+    online: dict[str, Mapping[str, Any]] = {}
     for name, places in folds_of(units, student).items():
         unit = units[places[0]]
         which = unit["settings"].get("teacher") or unit["settings"]["student"]
         own = _weights(unit, "adapter/") + _weights(unit, "model.txt")
-        base = units.get(f"{PRETRAIN}/{which['name']}")
-        if "adapter/adapter_model.safetensors" not in unit["files"]:  # all weights were trained, or none
-            found[name] = own or (_weights(base, "model/") if base else 0) or None
+        online |= {one["name"]: one for one in unit["settings"].get("online", ())}
+        if own and "adapter/adapter_model.safetensors" not in unit["files"]:  # all weights were trained
+            found[name] = own
         else:
-            found[name] = own + _weights(base, "model/") if base else None
+            base = _base(units, which)
+            found[name] = own + base if base else None
     for name in metrics["teachers"]:  # one that ran beside the student has no unit of its own
-        base = units.get(f"{PRETRAIN}/{name}")
-        found.setdefault(f"teacher {name}", _weights(base, "model/") if base else None)
+        if f"teacher {name}" not in found:
+            found[f"teacher {name}"] = _base(units, online.get(name, {"name": name}))
     return found
+
+
+def _base(units: Units, model: Mapping[str, Any]) -> int | None:
+    """Bytes of a model as it is before its training: of what stage 01 made, of a checkpoint on this disk, or
+    of a well-known name's parameters, headless, at the two bytes each that hubs have them in."""
+    if made := units.get(f"{PRETRAIN}/{model['name']}"):
+        return _weights(made, "model/") or None
+    if not (source := model.get("model")):
+        return None
+    if Path(source).is_dir():
+        return size_bytes(Path(source)) or None
+    known = lookup.known().get(source.lower())
+    return 2 * shapes.from_config(known["config"]).backbone if known else None
 
 
 def _weights(unit: Mapping[str, Any], under: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ DARK = {
     "#47153d": "#8f6aa8",
     "#7a5a33": "#a98d5f",
 }
+NARROW = 3  # greatest by least of a range that 1, 2 and 5 times powers of ten would hardly meet
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
 
 
@@ -87,3 +89,21 @@ def quantity(value: float, unit: str) -> str:
             return f"{value:.4g} {prefix}B"
         value /= 1000
     return f"{value:,.4g} GB"
+
+
+def logarithmic(values: Sequence[float]) -> dict[str, Any]:
+    """An axis; plotly's own ticks would read 9, 10, 2, 3 where they go over a power of ten."""
+    if max(values) <= NARROW * min(values):
+        return {"type": "log", "nticks": 6}
+    ticks = tick_values(values)
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,g}" for tick in ticks]}
+
+
+def tick_values(values: Sequence[float]) -> list[float]:
+    """1, 2, 5 times powers of ten over the range of `values`; the powers alone where that is wide, and more
+    where it is narrow."""
+    low, high = math.floor(math.log10(min(values)) - 0.15), math.ceil(math.log10(max(values)) + 0.15)
+    steps: tuple[float, ...] = (1, 2, 5) if high - low <= 4 else (1,)
+    if max(values) <= NARROW * min(values):
+        steps = (1, 1.5, 2, 3, 5, 7)
+    return [step * 10.0**power for power in range(low, high + 1) for step in steps]

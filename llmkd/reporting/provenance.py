@@ -9,7 +9,7 @@ from typing import Any
 
 from llmkd import run as runs
 from llmkd.reporting.gather import Units
-from llmkd.reporting.page import escape, missing, section, table
+from llmkd.reporting.pieces import escape, missing, section, table
 
 
 def provenance(data: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from llmkd.evaluate import ece, scores, softmax
 from llmkd.reporting import figures, judged, looks, words
 from llmkd.reporting.gather import family, folds_of
-from llmkd.reporting.page import dotted, escape, missing, plot, section, table
+from llmkd.reporting.pieces import dotted, escape, missing, plot, section, table
 
 Plots = dict[str, Any]
 CLASSES = 6  # of a single row's probabilities, at most
@@ -175,7 +175,7 @@ def differing(data: dict[str, Any], rows: dict[str, Any], labels: list[str]) -> 
         apart = _rows_table(found, labels, "KL (nats)")
     return section(
         "Single rows",
-        "By id, with labels and probabilities; texts stay in the run's own files.",
+        "By id, with labels and probabilities; their texts stand by id in 00_prepare/rows.parquet.",
         "<h3>Moved most by quantization</h3>\n",
         drift,
         "<h3>Where the student is furthest from its teachers' mean</h3>\n",

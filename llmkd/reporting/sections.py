@@ -9,7 +9,7 @@ from typing import Any
 from llmkd import run as runs
 from llmkd.reporting import figures, judged, looks, rowwise, words
 from llmkd.reporting.gather import PREPARE, family
-from llmkd.reporting.page import dotted, escape, missing, plot, section, table
+from llmkd.reporting.pieces import dotted, escape, missing, plot, section, table
 from llmkd.reporting.provenance import provenance
 
 Plots = dict[str, Any]
@@ -150,6 +150,7 @@ def _cost(data: dict[str, Any], of: Mapping[str, str], plots: Plots, *, score: s
     }
     if "latency" in metrics:
         rates[data["shipped"]] = metrics["latency"]["rows_per_second"]
+        rates |= metrics["latency"].get("artifacts", {})
     unit, parts = "tokens/s" if data["causal"] else "rows/s", []
     for name, found, across, in_unit, told in (
         ("size", sizes, "weights on disk (logarithmic)", "B", "the size of the weights"),
@@ -169,12 +170,18 @@ def _cost(data: dict[str, Any], of: Mapping[str, str], plots: Plots, *, score: s
         ]
         for name, value in values.items()
     ]
-    says = "A teacher's, student's or baseline's weights are one fold's: base and adapter. Blank: not known."
+    says = (
+        "A teacher's, student's or baseline's weights are one fold's: base and adapter. A base that only a "
+    )
+    says += "hub has counts two bytes a known parameter. Blank: not known."
     return section("Size and speed", says, *parts, table(["model", "weights", score, unit], cells))
 
 
 def _continuations(data: dict[str, Any], of: Mapping[str, str]) -> str:
-    says = "What each model goes on with, greedily, after the first words of some test texts."
+    says = (
+        "What each model goes on with, greedily, after the first words of some test texts, which stand here: "
+    )
+    says += "evaluate.continuations: 0 leaves them out."
     parts, order = list[str](), [*data["scores"], *data["metrics"]]
     for one in data["metrics"]["continuations"]:
         rows = [

@@ -107,7 +107,7 @@ def notes(data: Mapping[str, Any]) -> list[str]:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("-", "−")
+    return f"{value:+.4f}".replace("-", "−") if abs(value) >= 0.00005 else "less than 0.0001"
 
 
 def _share(metrics: Mapping[str, Any]) -> str:

@@ -1,0 +1,105 @@
+"""Commands as processes side by side: their environment, how they are stopped, how they end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+STDERR = 2  # its file descriptor
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def abreast(commands: Sequence[Sequence[str]], jobs: int, quiet: bool) -> int:
+    """Run commands, `jobs` at a time. The exit code of the first that failed, else 0.
+
+    After a failure no further one is started, and those that run come to their end. `quiet` sends their
+    stdout to stderr. A signal is passed on once, as a child takes a second one for "at once".
+    """
+    from llmkd import interrupt
+    from llmkd.errors import Stopped
+
+    environment = surroundings(jobs if len(commands) > 1 else 1)
+    waiting, running, failed = list(commands), list[subprocess.Popen[bytes]](), 0
+    try:
+        while running or (waiting and not failed):
+            while waiting and len(running) < jobs and not failed:
+                with interrupt.deferred():  # a signal now would lose sight of the child
+                    running.append(start(waiting.pop(0), environment, quiet))
+                if number := interrupt.asked():
+                    raise Stopped(number)
+            ended = [child for child in running if child.poll() is not None]
+            running = [child for child in running if child not in ended]
+            failed = failed or next((exit_code(child) for child in ended if child.returncode), 0)
+            time.sleep(0 if ended else 0.05)
+    except Stopped as stopped:
+        stop(running, stopped.signal)
+        raise
+    return failed
+
+
+def surroundings(jobs: int) -> dict[str, str]:
+    """The environment of each of `jobs` processes: its share of the cores; no progress bar where several
+    would write over one another, or into a file."""
+    found = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    if jobs > 1:
+        found.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
+    if jobs > 1 or not sys.stderr.isatty():
+        found.setdefault("TQDM_DISABLE", "1")
+    return found
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], quiet: bool) -> subprocess.Popen[bytes]:
+    """In a process group of its own, or a terminal's Ctrl-C would reach it from there and from here."""
+    from llmkd.errors import ConfigError
+
+    try:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=STDERR if quiet else None,
+            process_group=0,
+            preexec_fn=mortal(os.getpid()) if sys.platform == "linux" else None,
+        )
+    except FileNotFoundError:
+        raise ConfigError(f"--launch {command[0]}: no such command; install it or correct it") from None
+
+
+def mortal(parent: int) -> Callable[[], None]:
+    """What a child calls before it becomes its command: it is sent SIGTERM when `parent` ends, however that
+    ends, so that it saves what can be gone on with. Linux watches the thread that starts it: the main one."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)  # loaded here: between fork and exec little may be done
+
+    def bound() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # it ended just before
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return bound
+
+
+def stop(running: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    """Pass a signal on, and any further one, until all have ended."""
+    from llmkd import interrupt
+
+    def pass_on(number: int, frame: object = None) -> None:
+        for child in running:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    for each in interrupt.SIGNALS:
+        signal.signal(each, pass_on)
+    pass_on(number)
+    for child in running:
+        child.wait()
+
+
+def exit_code(child: subprocess.Popen[bytes]) -> int:
+    """As a shell tells it: 128 and the signal for one that a signal ended."""
+    code = child.returncode
+    return 128 - code if code < 0 else code
