@@ -62,7 +62,8 @@ test-all: install
 # The commands of README.md and docs/, run or held against what they name
 docs-check: install
 	$(BIN)/python -m pytest -q -m "slow or not slow" -o faulthandler_timeout=900 tests/test_docs.py
-# Side by side with what people would use instead; a table in the end
+# Side by side with what people would use instead; a table in the end.
+# ARGS="--quick" shows that they run; ARGS="--prefs a.parquet --imdb b.parquet --environments DIRECTORY" measures
 bench: install
 	$(BIN)/python benchmarks $(ARGS)
 # kill -9 at random moments, start again, compare with the run that nothing disturbed; a checkpoint each step

@@ -1,6 +1,7 @@
 """All side-by-side measurements, one after the other, and one table of them: make bench.
 
-    python benchmarks [--quick] [--prefs prefs.parquet] [--imdb imdb.parquet] [--txtai DIRECTORY]
+    python benchmarks [--quick] [--prefs prefs.parquet] [--imdb imdb.parquet]
+        [--environments DIRECTORY]
 
 Without files, rows of made-up lengths stand for real ones. Nothing else should run on the machine.
 """
@@ -14,22 +15,26 @@ import sys
 import tempfile
 from pathlib import Path
 
+from environment import add_flag
 from side import HEAD, Row, machine, parser
 
 HERE = Path(__file__).parent
+VOCABULARIES = [["--vocab", "32000"], ["--vocab", "128000"], ["--vocab", "256000"]]
 
 
 def main() -> None:
     found = parser(__doc__)
     found.add_argument("--prefs", type=Path)
     found.add_argument("--imdb", type=Path)
-    found.add_argument("--txtai", help="a directory with txtai in it")
+    add_flag(found)
     asked = found.parse_args()
     data = [["--data", str(path.resolve())] for path in (asked.prefs, asked.imdb) if path] or [[]]
     jobs = [("training.py", one) for one in data]
     jobs += [(name, data[0]) for name in ("roof.py", "teacher_logits.py", "inference.py")]
-    jobs += [("quantization.py", []), ("growth.py", []), ("overhead.py", [])]
-    jobs += [("txtai_peer.py", [*data[-1], *(["--txtai", asked.txtai] if asked.txtai else [])])]
+    jobs += [(name, []) for name in ("quantization.py", "growth.py", "growth_ranks.py", "overhead.py")]
+    jobs += [("sequence_loss.py", one) for one in ([[]] if asked.quick else VOCABULARIES)]
+    peers = ["--environments", str(asked.environments.resolve())] if asked.environments else []
+    jobs += [("sparse_cache.py", []), ("sequence_step.py", peers), ("txtai_peer.py", [*data[-1], *peers])]
     shared = ["--rounds", str(asked.rounds), "--threads", str(asked.threads), "--clock", asked.clock]
     shared += ["--quick"] * asked.quick
     environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}

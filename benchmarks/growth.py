@@ -1,6 +1,6 @@
 """How time and memory grow with rows, teachers and folds: linearly, or better.
 
-    python benchmarks/growth.py [--base 1000] [--rounds 3]
+    python benchmarks/growth.py [--base 3000] [--rounds 3]
 
 Preparing labelled pairs (checks, groups, folds, swapped copies), writing a teacher's logits, joining all
 teachers' logits to the rows, cutting an epoch into batches; each at 1, 10 and 100 times --base pairs, with
@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side import Found, Row, alone, compare, in_turn, middle, parser, peak, reset_peak
+from side import Found, Row, alone, clock, compare, in_turn, middle, parser, peak, reset_peak
 
 LABELS = ["a", "b", "tie"]
 STEPS = ("prepare", "write", "join", "batches")
@@ -27,12 +26,12 @@ FIELDS = ("prompt", "response_a", "response_b")
 
 def main() -> None:
     found = parser(__doc__)
-    found.add_argument("--base", type=int, default=1000, help="pairs at size 1")
+    found.add_argument("--base", type=int, default=3000, help="pairs at size 1")
     asked = found.parse_args()
     if asked.quick:
         asked.base, asked.rounds = 20, 1
     if asked.way:
-        return print(json.dumps(point(asked.base, *map(int, asked.way.split(",")))))
+        return print(json.dumps(point(asked, *map(int, asked.way.split(",")))))
     compare(asked, lambda: measure(asked))
 
 
@@ -64,17 +63,17 @@ def row(found: Found, name: str, unit: str, step: str, large: Any, small: Any, t
     return Row(title, f"1 x the {what}", each, "<= 1.1", *sides)
 
 
-def point(base: int, size: int, teachers: int, folds: int) -> dict[str, float]:
+def point(asked: argparse.Namespace, size: int, teachers: int, folds: int) -> dict[str, float]:
     from llmkd import crossfit, rows
     from llmkd.batches import epoch_steps
 
-    raw = pairs(base * size)
+    raw = pairs(asked.base * size)
     found: dict[str, float] = {}
 
     def timed(name: str, work: Any) -> Any:
-        before, began = reset_peak(), time.perf_counter()
+        before, began = reset_peak(), clock(asked)
         result = work()
-        found[name], found[f"{name}_mb"] = time.perf_counter() - began, peak() - before
+        found[name], found[f"{name}_mb"] = clock(asked) - began, peak() - before
         return result
 
     def prepared(raw: Any) -> Any:

@@ -60,9 +60,9 @@ def measure(asked: argparse.Namespace) -> list[Row]:
 
 def measured(asked: argparse.Namespace, directory: Path) -> dict[str, float]:
     import llmkd.quantize  # noqa: F401
-    from llmkd.gptq import _import_quietly
+    from llmkd.gptq import import_quietly
 
-    _import_quietly()
+    import_quietly()
     sizes, group = (TOY, 32) if asked.quick else (SIZES, 128)
     calibration = [row.tolist() for row in token_rows(None, 256, sizes["vocab_size"], asked.calibration)]
     before, began = reset_peak(), clock(asked)

@@ -8,6 +8,7 @@ step, on the same threads. Operations are those that the mathematics needs for t
 counts as lost): a frozen layer of I inputs and O outputs 2IO forward and 2IO for its input's gradient, its
 adapter 2r(I + O) each for forward, input and weights; attention 6 products of L(L + 1)/2 pairs of tokens,
 2D each, a head. The first layer's projections of queries, keys and values need no gradient of their input.
+The last layer's keys and values are of all tokens; all else there is of the one token that the head reads.
 """
 
 from __future__ import annotations
@@ -101,11 +102,15 @@ def operations(sizes: dict[str, int], r: int, lengths: np.ndarray, causal: bool 
     queries, keys = sizes["num_attention_heads"] * head, sizes["num_key_value_heads"] * head
     projections = [(hidden, queries), (hidden, keys), (hidden, keys)]
     others = [(queries, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
-    layers = sizes["num_hidden_layers"]
-    token = layers * sum(4 * i * o + 6 * r * (i + o) for i, o in [*projections, *others])
-    token -= sum(2 * i * o + 2 * r * i for i, o in projections)  # the first layer's
+    layers, tokens = sizes["num_hidden_layers"], lengths.sum()
+    layer, kept = (
+        sum(4 * i * o + 6 * r * (i + o) for i, o in part)
+        for part in ([*projections, *others], projections[1:])
+    )
+    total = (layers - 1) * layer * tokens + kept * tokens + (layer - kept) * len(lengths)
+    total -= sum(2 * i * o + 2 * r * i for i, o in projections) * tokens  # the first layer's
     pairs = (lengths * (lengths + 1) // 2 if causal else lengths**2).sum()
-    return float(token * lengths.sum() + layers * 6 * 2 * pairs * queries)
+    return float(total + 6 * 2 * queries * ((layers - 1) * pairs + tokens))
 
 
 def profiled(method: Any, data: Any, rows: np.ndarray) -> str:

@@ -12,57 +12,49 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
-from statistics import median
+from typing import Any
+
+from side import Row, alone, clock, compare, in_turn, middle, parser, peak, ratios, reset_peak
 
 WAYS = ("plain", "chunked")
+SIZES = {"tokens": 2048, "hidden": 512, "vocab": 256_000, "chunk": 128}
+TOY = {"tokens": 96, "hidden": 16, "vocab": 2_000, "chunk": 32}
 
 
 def main() -> None:
-    assert __doc__
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=256_000)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--chunk", type=int, default=None)
-    parser.add_argument("--way", choices=WAYS, help="measure this one, in this process")
-    asked = parser.parse_args()
+    found = parser(__doc__, rounds=2)
+    for name in SIZES:
+        found.add_argument(f"--{name}", type=int)
+    asked = found.parse_args()
+    for name, size in (TOY if asked.quick else SIZES).items():
+        setattr(asked, name, getattr(asked, name) or size)
     if asked.way:
-        return print(json.dumps(measure(asked)))
+        print(json.dumps(measure(asked)))
+    else:
+        compare(asked, partial(measured, asked))
+
+
+def measured(asked: argparse.Namespace) -> list[Row]:
     needed, free = 7.3 * 4 * asked.tokens * asked.vocab, available()
     if free < needed:
         sys.exit(
             f"the plain way needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; take fewer --tokens"
         )
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for _ in range(asked.rounds):
-        for way in WAYS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-            lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found[way].append(json.loads(lines.splitlines()[-1]))
-            print(way, found[way][-1], flush=True)
-    report(found, asked)
+    found = in_turn({way: alone(way) for way in WAYS}, asked.rounds)
+    what = f"a loss over {asked.tokens} tokens, hidden {asked.hidden}, {asked.vocab} words"
+    seconds, more = ([f"{middle(found, way, name):,.1f}" for way in WAYS] for name in ("seconds", "mb"))
+    note = "loss " + ", ".join(f"{middle(found, way, 'loss'):.5f}" for way in reversed(WAYS))
+    speed, memory = ratios(found, "plain", "chunked", "seconds"), ratios(found, "chunked", "plain", "mb")
+    return [
+        Row(f"{what}: speed", "whole logits", speed, ">= 0.9", f"{seconds[1]} s", f"{seconds[0]} s", note),
+        Row("the same: peak memory", "whole logits", memory, "<= 0.1", f"{more[1]} MB", f"{more[0]} MB"),
+    ]
 
 
-def report(found: dict[str, list[dict[str, float]]], asked: argparse.Namespace) -> None:
-    print(f"{asked.tokens} tokens, hidden {asked.hidden}, vocabulary {asked.vocab}, {asked.threads} threads")
-    middle = {
-        way: {name: median(run[name] for run in runs) for name in runs[0]} for way, runs in found.items()
-    }
-    print(f"{'way':10}{'seconds':>9}{'CPU':>8}{'peak extra MB':>15}{'loss':>12}")
-    for way, run in middle.items():
-        print(f"{way:10}{run['seconds']:9.1f}{run['cpu']:8.1f}{run['mb']:15.0f}{run['loss']:12.5f}")
-    plain, chunked = middle["plain"], middle["chunked"]
-    speed, memory = plain["seconds"] / chunked["seconds"], chunked["mb"] / plain["mb"]
-    print(f"chunked against plain: {speed:.2f} of the speed, {memory:.3f} of the memory")
-
-
-def measure(asked: argparse.Namespace) -> dict[str, float]:
+def measure(asked: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(asked.threads)
@@ -73,19 +65,11 @@ def measure(asked: argparse.Namespace) -> dict[str, float]:
     loss_of = {"plain": plain, "chunked": chunked(asked.chunk)}[asked.way]
     loss_of(hidden[:64].clone().requires_grad_(), weight.requires_grad_(), targets[:64], teacher[:64], theirs)
     hidden.requires_grad_()
-    before = reset_peak()
-    began, worked = time.perf_counter(), time.process_time()
+    before, began = reset_peak(), clock(asked)
     loss = loss_of(hidden, weight, targets, teacher, theirs)
     loss.backward()
-    seconds = time.perf_counter() - began
-    cpu = time.process_time() - worked
-    assert weight.grad is not None
-    return {
-        "seconds": round(seconds, 2),
-        "cpu": round(cpu, 2),
-        "mb": round(peak() - before),
-        "loss": loss.item(),
-    }
+    seconds = clock(asked) - began
+    return {"seconds": seconds, "mb": max(1, round(peak() - before)), "loss": loss.item()}
 
 
 def plain(hidden, weight, targets, teacher, theirs, temperature=2.0):  # type: ignore[no-untyped-def]
@@ -98,7 +82,7 @@ def plain(hidden, weight, targets, teacher, theirs, temperature=2.0):  # type: i
 
 
 def chunked(chunk):  # type: ignore[no-untyped-def]
-    from llmkd.chunked import CHUNK, chunked_loss
+    from llmkd.chunked import chunked_loss
     from llmkd.models.head import Head
     from llmkd.objective import Objective
 
@@ -106,21 +90,10 @@ def chunked(chunk):  # type: ignore[no-untyped-def]
 
     def loss_of(hidden, weight, targets, teacher, theirs):  # type: ignore[no-untyped-def]
         pairs = [(teacher, Head(theirs))]
-        loss, _ = chunked_loss(hidden, Head(weight), targets, objective, pairs, chunk=chunk or CHUNK)
+        loss, _ = chunked_loss(hidden, Head(weight), targets, objective, pairs, chunk=chunk)
         return loss.mean()
 
     return loss_of
-
-
-def reset_peak() -> float:
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
-
-
-def peak() -> float:
-    """Most memory this process has held since it was reset, MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def available() -> float:

@@ -85,12 +85,14 @@ def shown(measured: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {part}" for name, part in zip(measured, parts, strict=True))
 
 
-def alone(way: str) -> Callable[[], dict[str, Any]]:
+def alone(
+    way: str, python: str = sys.executable, environment: Mapping[str, str] | None = None
+) -> Callable[[], dict[str, Any]]:
     """This benchmark's own command in a process of its own, so that no way finds another's memory."""
 
     def measure() -> dict[str, Any]:
-        command = [sys.executable, *sys.argv, "--way", way]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [python, *sys.argv, "--way", way]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             sys.exit(f"{way} failed:\n{done.stderr[-3000:]}")
         return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -1,97 +1,158 @@
 """What a student loses to the cache's format: validation KL and CE after training on each, for two teachers.
 
-    python benchmarks/sparse_cache.py [--vocab 8000] [--steps 1200] [--seeds 3]
+    python benchmarks/sparse_cache.py [--vocab 8000] [--steps 1200] [--seeds 3] [--ways topk sampled]
 
 Made-up teachers: word frequencies by Zipf's law, and a random linear map of a random context on top. The
 `peaked` one is as sure as a language model (2.5 nats of entropy at 128,256 words, 43 % on its first word),
-the `flat` one is not (6.7 nats, 14 %). The student is a small net, and sees each context once with what its
-cache holds, laid out for 128,256 words. Judged on fresh contexts against the whole teacher; CE is that on
-words drawn from the teacher, in expectation: the KL and the teacher's entropy.
+the `flat` one is not (6.7 nats, 14 %). The students are small nets, which start alike and see the same
+contexts, each once, by what their cache holds of them, laid out for 128,256 words. Judged on fresh contexts
+against the whole teacher; CE is that on words drawn from the teacher, in expectation: the KL and the
+teacher's entropy.
 
-How many tokens there are to a word decides: with less than one (--vocab 32000 --steps 200) whatever shows
-more words of each token is ahead, with ten (the default) what has no bias is.
+How near a student comes to its teacher decides: one that is still far from it gains by whatever shows more
+words of each token (--steps 200), one that has little left to learn by what has no bias (the defaults).
 """
 
 from __future__ import annotations
 
 import argparse
+from copy import deepcopy
+from functools import partial
 from statistics import mean, stdev
 
 import numpy as np
 import torch
+from side import Row, compare, parser
 from torch import Tensor, nn
 
+from llmkd.layout import Layout
 from llmkd.losses import kl
-from llmkd.sparse import Layout, choose, pack, sparse_kl, unpack
+from llmkd.packing import pack, unpack
+from llmkd.sparse import choose, sparse_kl
 
-HIDDEN, BATCH, WORDS = 16, 64, 128_256
-TEACHERS = {"peaked": 1.5, "flat": 0.5}  # scales of the map
-WAYS: dict[str, Layout | None] = {
-    "online, all words": None,
-    "top 64 and tail, float32": Layout("topk", 64, WORDS, 32),
-    "top 19 and tail, 8 bits": Layout("topk", 19, WORDS),
-    "sampled, k = 21, 8 bits": Layout("sampled", 21, WORDS),
+BATCH, WORDS = 64, 128_256
+TEACHERS = {"peaked": 6.0, "flat": 2.0}  # nats by which a word's logit varies from context to context
+WAYS: dict[str, tuple[str, Layout | None]] = {
+    "online": ("online, all words", None),
+    "topk": ("top 64 and tail, float32", Layout("topk", 64, WORDS, 32)),
+    "short": ("top 19 and tail, 8 bits", Layout("topk", 19, WORDS)),
+    "sampled": ("sampled, k = 21, 8 bits", Layout("sampled", 21, WORDS)),
+    "wide": ("sampled, k = 42, 8 bits", Layout("sampled", 42, WORDS)),
 }
+SIZES = {"vocab": 8_000, "steps": 1200, "context": 16, "hidden": 32}
+TOY = {"vocab": 200, "steps": 4, "context": 4, "hidden": 8}
+Score = tuple[float, float]  # KL, CE
 
 
 def main() -> None:
-    assert __doc__
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"vocab": 8_000, "steps": 1200, "seeds": 3, "threads": 1}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--teachers", nargs="+", choices=TEACHERS, default=[*TEACHERS])
-    asked = parser.parse_args()
+    found = parser(__doc__)
+    for name in SIZES:
+        found.add_argument(f"--{name}", type=int)
+    found.add_argument("--seeds", type=int, help="as --rounds")
+    found.add_argument("--first", type=int, default=1, help="the first seed")
+    found.add_argument("--teachers", nargs="+", choices=TEACHERS, default=[*TEACHERS])
+    found.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
+    asked = found.parse_args()
+    for name, size in (TOY if asked.quick else SIZES).items():
+        setattr(asked, name, getattr(asked, name) or size)
     torch.set_num_threads(asked.threads)
-    print(f"{asked.vocab} words, {asked.steps} steps of {BATCH} tokens, seeds 1 to {asked.seeds}")
+    compare(asked, partial(measured, asked))
+
+
+def measured(asked: argparse.Namespace) -> list[Row]:
+    seeds = range(asked.first, asked.first + (asked.seeds or asked.rounds))
+    print(f"{asked.vocab} words, {asked.steps} steps of {BATCH} tokens, seeds {seeds[0]} to {seeds[-1]}")
+    print(f"a context of {asked.context} numbers, students of {asked.hidden} hidden units", flush=True)
+    rows = []
     for teacher in asked.teachers:
-        print(f"{teacher:28}{'bytes a token':>14}{'KL':>9}{'s.e.':>9}{'CE':>9}{'s.e.':>9}  KL of each")
-        for name, layout in WAYS.items():
-            found = [trained(asked, TEACHERS[teacher], layout, seed + 1) for seed in range(asked.seeds)]
-            size = layout.token_bytes if layout else 4 * WORDS
-            (kls, kl_error), (ces, ce_error) = (middle(values) for values in zip(*found, strict=True))
-            each = " ".join(f"{one[0]:.4f}" for one in found)
-            numbers = f"{kls:9.4f}{kl_error:9.4f}{ces:9.4f}{ce_error:9.4f}"
-            print(f"{name:28}{size:14d}{numbers}  {each}", flush=True)
+        found = [trained(asked, TEACHERS[teacher], seed) for seed in seeds]
+        report(asked, teacher, found)
+        if {"sampled", "topk"} <= {*asked.ways}:
+            rows.append(row(teacher, [(one["sampled"][0], one["topk"][0]) for one in found]))
+    return rows
 
 
-def middle(values: tuple[float, ...]) -> tuple[float, float]:
+def row(teacher: str, kls: list[tuple[float, float]]) -> Row:
+    ours, theirs = (mean(one[i] for one in kls) for i in (0, 1))
+    (name, layout), (other, whole) = WAYS["sampled"], WAYS["topk"]
+    assert layout
+    assert whole
+    return Row(
+        f"a student's KL, {teacher} teacher: {name}, {layout.token_bytes} bytes a token",
+        f"{other}, {whole.token_bytes} bytes",
+        [a / b for a, b in kls],
+        "<= 1",
+        f"{ours:.4f}",
+        f"{theirs:.4f}",
+    )
+
+
+def report(asked: argparse.Namespace, teacher: str, found: list[dict[str, Score]]) -> None:
+    print(f"{teacher:28}{'bytes a token':>14}{'KL':>9}{'s.e.':>9}{'CE':>9}{'s.e.':>9}  KL of each")
+    for way in asked.ways:
+        name, layout = WAYS[way]
+        kls, ces = ([one[way][i] for one in found] for i in (0, 1))
+        numbers = "".join(f"{number:9.4f}" for number in (*middle(kls), *middle(ces)))
+        size = layout.token_bytes if layout else 4 * WORDS
+        print(f"{name:28}{size:14d}{numbers}  {' '.join(f'{one:.4f}' for one in kls)}", flush=True)
+
+
+def middle(values: list[float]) -> tuple[float, float]:
     return mean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
-def trained(asked: argparse.Namespace, scale: float, layout: Layout | None, seed: int) -> tuple[float, float]:
-    """Validation KL and CE of a student trained on what the layout keeps; None keeps everything."""
-    vocab, steps = asked.vocab, asked.steps
+def trained(asked: argparse.Namespace, spread: float, seed: int) -> dict[str, Score]:
+    """Validation KL and CE of one student a way."""
+    vocab = asked.vocab
     torch.manual_seed(seed)
     zipf = -torch.arange(1, vocab + 1).log()[torch.randperm(vocab)]  # (V,)
-    table = torch.randn(vocab, HIDDEN) * scale  # of the teacher
-    student = nn.Sequential(nn.Linear(HIDDEN, 32), nn.GELU(), nn.Linear(32, vocab))
+    table = torch.randn(vocab, asked.context) * (spread / asked.context**0.5)  # of the teacher
+    start = nn.Sequential(nn.Linear(asked.context, asked.hidden), nn.GELU(), nn.Linear(asked.hidden, vocab))
     with torch.no_grad():
-        student[2].weight.mul_(0.1)
-    optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    fresh, fair = torch.randn(512, HIDDEN), np.random.default_rng(seed)
-    for _ in range(steps):
-        context = torch.randn(BATCH, HIDDEN)
+        start[2].weight.mul_(0.1)
+    learners = {way: Learner(start, WAYS[way][1], asked.steps, seed) for way in asked.ways}
+    fresh = torch.randn(512, asked.context)
+    for _ in range(asked.steps):
+        context = torch.randn(BATCH, asked.context)
         wanted = context @ table.T + zipf  # (n, V)
-        said = student(context)  # (n, V)
-        loss = kl(said, wanted) if layout is None else learnt(said, wanted, layout, fair)
-        optimizer.zero_grad()
+        for learner in learners.values():
+            learner.learn(context, wanted)
+    return {way: judged(learner.student, fresh, table, zipf) for way, learner in learners.items()}
+
+
+class Learner:
+    """A copy of the student, its optimizer, and the cache that it learns from; None: the teacher itself."""
+
+    def __init__(self, start: nn.Module, layout: Layout | None, steps: int, seed: int) -> None:
+        self.student, self.layout = deepcopy(start), layout
+        self.optimizer = torch.optim.Adam(self.student.parameters(), lr=0.02, fused=True)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+        self.random, self.fair = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+
+    def learn(self, context: Tensor, wanted: Tensor) -> None:
+        """One step; context (n, H), the teacher's logits (n, V)."""
+        said = self.student(context)  # (n, V)
+        if self.layout is None:
+            loss = kl(said, wanted)
+        else:
+            packed = pack(choose(wanted, self.layout, self.random), self.layout, self.fair)
+            loss = sparse_kl(said, unpack(packed, self.layout))
+        self.optimizer.zero_grad()
         loss.mean().backward()
-        optimizer.step()
-        schedule.step()
+        self.optimizer.step()
+        self.schedule.step()
+
+
+def judged(student: nn.Module, fresh: Tensor, table: Tensor, zipf: Tensor) -> Score:
     apart, entropy = [], []
     with torch.no_grad():
         for part in fresh.split(BATCH):
-            wanted = part @ table.T + zipf
+            wanted = part @ table.T + zipf  # (n, V)
             apart.append(kl(student(part), wanted))
             log_p = wanted.log_softmax(-1)
             entropy.append(-(log_p.exp() * log_p).sum(-1))
     found = float(torch.cat(apart).mean())
     return found, found + float(torch.cat(entropy).mean())
-
-
-def learnt(said: Tensor, wanted: Tensor, layout: Layout, fair: np.random.Generator) -> Tensor:
-    return sparse_kl(said, unpack(pack(choose(wanted, layout), layout, fair), layout))
 
 
 if __name__ == "__main__":

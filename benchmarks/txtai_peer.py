@@ -1,49 +1,55 @@
 """A classifier taught by one teacher that runs beside it: llmkd's online method against txtai's HFTrainer.
 
-    python benchmarks/txtai_peer.py [--txtai DIRECTORY] [--data imdb.parquet] [--rounds 3]
+    python benchmarks/txtai_peer.py [--data imdb.parquet] [--rounds 3] [--environments DIRECTORY]
 
 Teacher and student are Gemma2s of 7M parameters, trained in full, steps of 64 rows from batches of 8, bf16,
 (CE + KL) / 2: txtai's `teacher=` with distillation=(1, 0.5). txtai takes texts and tokenizes them, ours are
-tokenized in the seconds too. txtai may stand in a directory of its own: pip install --no-deps --target
-DIRECTORY txtai faiss-cpu msgpack
+tokenized in the seconds too. Each way is a process of its own, txtai's in an environment of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import sys
+import json
+import os
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from side import Row, clock, compare, in_turn, middle, parser, ratios
+from environment import add_flag, peer, variables, versions
+from side import Row, alone, clock, compare, in_turn, middle, parser, ratios
 from student import LABELS, SIZES, TOY, classifier, texts_of
+
+PLACE = "LLMKD_BENCHMARK_MODELS"
 
 
 def main() -> None:
     found = parser(__doc__)
     found.add_argument("--data", type=Path)
-    found.add_argument("--txtai", help="a directory with txtai in it")
     for name, default in {"count": 128, "step-rows": 64, "max-tokens": 512}.items():
         found.add_argument(f"--{name}", type=int, default=default)
+    add_flag(found)
     asked = found.parse_args()
     if asked.quick:
         asked.count, asked.step_rows, asked.max_tokens, asked.rounds = 32, 16, 48, 1
-    if asked.txtai:
-        sys.path.append(asked.txtai)
-    try:
-        import txtai.pipeline  # noqa: F401
-    except ImportError as error:
-        return print(f"txtai: not installed ({error}); see --help")
     torch.set_num_threads(asked.threads)
-    compare(asked, lambda: measure(asked))
+    if asked.way:
+        return print(json.dumps(timed(asked, Path(os.environ[PLACE]))))
+    if asked.quick and not asked.environments:
+        return print("txtai: left out of toy sizes; name --environments to install it there")
+    with peer(asked, "txtai") as python, tempfile.TemporaryDirectory() as directory:
+        if python is None:
+            return
+        print(versions(python, "txtai", "transformers", "torch"))
+        os.environ[PLACE] = directory
+        make(asked, Path(directory))
+        compare(asked, lambda: measure(asked, python))
 
 
-def measure(asked: argparse.Namespace) -> list[Row]:
+def make(asked: argparse.Namespace, directory: Path) -> None:
+    """Both models, their tokenizer and the rows."""
     from llmkd.models.load import train_tokenizer
 
     wide = {**SIZES, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
@@ -52,30 +58,41 @@ def measure(asked: argparse.Namespace) -> list[Row]:
     tokenizer = train_tokenizer(texts, sizes["vocab_size"])
     tokenizer.model_max_length = asked.max_tokens
     labels = np.random.default_rng(1).integers(0, len(LABELS), len(texts)).tolist()
-    student, teacher = classifier(sizes, "fp32"), classifier(sizes, "fp32")
-    torch.nn.init.normal_(teacher.score.weight, std=0.3)
+    for name in ("student", "teacher"):
+        model = classifier(sizes, "fp32")
+        if name == "teacher":
+            torch.nn.init.normal_(model.score.weight, std=0.3)
+        model.save_pretrained(directory / name)
+        tokenizer.save_pretrained(directory / name)
     given = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
-    ways: Any = {
-        name: partial(timed, way, student, teacher, tokenizer, asked, given)
-        for name, way in {"ours": ours, "txtai": theirs}.items()
-    }
-    for way in ways.values():  # every kernel and import once
-        way(only=8)
-    found = in_turn(ways, asked.rounds)
+    (directory / "rows.json").write_text(json.dumps(given))
+
+
+def measure(asked: argparse.Namespace, python: str) -> list[Row]:
+    found = in_turn({"ours": alone("ours"), "txtai": alone("txtai", python, variables({}))}, asked.rounds)
     sides = [f"{middle(found, way, 'rows_a_second'):.2f} rows/s" for way in found]
     note = f"mean loss {middle(found, 'ours', 'loss'):.4f}, {middle(found, 'txtai', 'loss'):.4f}"
     each = ratios(found, "ours", "txtai", "rows_a_second")
     return [Row("training, a teacher beside", "txtai HFTrainer", each, ">= 2", *sides, note)]
 
 
-def timed(
-    way: Any, student: Any, teacher: Any, tokenizer: Any, asked: Any, given: Any, only: int | None = None
-) -> dict[str, float]:
-    models, rows = (copy.deepcopy(student), copy.deepcopy(teacher)), given[:only]
-    began = clock(asked)
-    with tempfile.TemporaryDirectory() as directory:
-        loss = way(*models, tokenizer, asked, rows, directory)
-    return {"rows_a_second": len(rows) / (clock(asked) - began), "loss": loss}
+def timed(asked: argparse.Namespace, place: Path) -> dict[str, float]:
+    """One way, in this process, every kernel and import used once before."""
+    way, given = {"ours": ours, "txtai": theirs}[asked.way], json.loads((place / "rows.json").read_text())
+    for rows in (given[:8], given):
+        student, teacher, tokenizer = loaded(place)
+        began = clock(asked)
+        with tempfile.TemporaryDirectory() as directory:
+            loss = way(student, teacher, tokenizer, asked, rows, directory)
+    return {"rows_a_second": len(given) / (clock(asked) - began), "loss": loss}
+
+
+def loaded(place: Path) -> Any:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    load = AutoModelForSequenceClassification.from_pretrained
+    models = (load(place / name, dtype=torch.float32) for name in ("student", "teacher"))
+    return *models, AutoTokenizer.from_pretrained(place / "student")
 
 
 def ours(student: Any, teacher: Any, tokenizer: Any, asked: Any, given: Any, directory: str) -> float:

@@ -102,8 +102,7 @@ def cut(rows: Rows, lengths: NDArray[np.int64], max_tokens: int, waste: float = 
     than the budget stands alone.
     """
     batches, begin, longest, real = [], 0, 0, 0
-    for end in range(len(rows)):
-        length = int(lengths[rows[end]])
+    for end, length in enumerate(lengths[rows].tolist()):  # a list's numbers are quicker than an array's
         longest, real = max(longest, length), real + length
         computed = longest * (end - begin + 1)
         wasteful = computed > ENOUGH and real < (1 - waste) * computed

@@ -27,9 +27,8 @@ def run_gptq(
     """Quantize in place the linear layers of the blocks in the list named `stack`.
 
     `batches` hold unpadded rows of one length each, shortest first; `settings` are GPTQQuantizer's;
-    `weights` is how many will be quantized.
+    `weights` is how many will be quantized. `import_quietly` comes before it.
     """
-    _import_quietly()
     from optimum.gptq import GPTQQuantizer
 
     quantizer = GPTQQuantizer(dataset=batches, **settings)
@@ -38,8 +37,12 @@ def run_gptq(
         quantizer.quantize_model(model)
 
 
-def _import_quietly() -> None:
-    """gptqmodel without its banner and its root log handler; errors still show, and later warnings too."""
+def import_quietly() -> None:
+    """gptqmodel without its banner and its root log handler; errors still show, and later warnings too.
+
+    Call it before a model is loaded: it keeps the exception of a failed import of its own, with all frames
+    that were open then and what they held.
+    """
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     with open(os.devnull, "w", encoding="utf-8") as sink, redirect_stdout(sink):

@@ -6,6 +6,8 @@ classifier for a language model and drop its head without a word.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkd.errors import ModelError
-from llmkd.gptq import Batch, run_gptq
+from llmkd.gptq import Batch, import_quietly, run_gptq
 from llmkd.models.artifact import (
     TOKENIZER_FILES,
     ZERO_OFFSETS,
@@ -44,6 +46,7 @@ def quantize_gptq(
     desc_act: bool = False,
     damp: float = 0.1,
     batch_tokens: int = 4096,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Quantize the linear layers of the blocks of a classifier or a causal LM; all else stays as it is.
 
@@ -58,6 +61,7 @@ def quantize_gptq(
         desc_act: quantize inputs by falling Hessian diagonal; closer, and slower to run when packed.
         damp: share of the mean Hessian diagonal added to it.
         batch_tokens: most tokens in one calibration batch (a longer row runs alone).
+        trust_remote_code: whether Python code that lies in `model_dir` may be run; it then goes along.
 
     Returns seconds, bytes before and after, calibration rows and tokens, the number of quantized layers
     and of their weights, and the relative weight errors |W - Q| / |W| (Frobenius): mean, max, worst layer.
@@ -67,12 +71,6 @@ def quantize_gptq(
     """
     start = time.monotonic()
     _check_settings(bits, group_size, damp, batch_tokens)
-    model = _load(model_dir)
-    stack = _block_stack(model)
-    layers = _linear_layers(model, stack)
-    _check_widths(layers, group_size)
-    weights = sum(width * height for width, height in layers.values())
-    batches = _batches(calibration, model.config.get_text_config().vocab_size, batch_tokens)
     settings = {
         "bits": bits,
         "group_size": group_size,
@@ -81,11 +79,10 @@ def quantize_gptq(
         "act_group_aware": not desc_act and group_size > 0,
         "damp_percent": damp,
         "true_sequential": True,
-        "block_name_to_quantize": stack,
     }
-    run_gptq(model, stack, batches, settings, weights)
-    _restore_dtypes(model, model_dir)
-    _save(model, model_dir, out_dir, settings)
+    import_quietly()
+    layers, batches = _write(model_dir, out_dir, calibration, settings, batch_tokens, trust_remote_code)
+    _let_go()
     errors = _compare(model_dir, out_dir, sorted(layers), bits, symmetric)
     worst = max(errors, key=lambda name: errors[name])
     return {
@@ -95,11 +92,43 @@ def quantize_gptq(
         "calibration_rows": sum(len(batch["input_ids"]) for batch in batches),
         "calibration_tokens": sum(len(row) for batch in batches for row in batch["input_ids"]),
         "layers": len(layers),
-        "quantized_weights": weights,
+        "quantized_weights": _weights(layers),
         "weight_error_mean": sum(errors.values()) / len(errors),
         "weight_error_max": errors[worst],
         "worst_layer": worst,
     }
+
+
+def _write(
+    model_dir: Path,
+    out_dir: Path,
+    calibration: Sequence[Sequence[int]],
+    settings: dict[str, Any],
+    batch_tokens: int,
+    trust: bool,
+) -> tuple[dict[str, tuple[int, int]], list[Batch]]:
+    """Load, quantize and save; the widths of what was quantized, and what it was calibrated on."""
+    model = _load(model_dir, trust)
+    stack = _block_stack(model)
+    layers = _linear_layers(model, stack)
+    _check_widths(layers, settings["group_size"])
+    batches = _batches(calibration, model.config.get_text_config().vocab_size, batch_tokens)
+    settings = {**settings, "block_name_to_quantize": stack}
+    run_gptq(model, stack, batches, settings, _weights(layers))
+    _restore_dtypes(model, model_dir)
+    _save(model, model_dir, out_dir, settings)
+    return layers, batches
+
+
+def _let_go() -> None:
+    """The model goes before its files are read: cycles hold it, then glibc its smaller tensors' memory."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _weights(layers: Mapping[str, tuple[int, int]]) -> int:
+    return sum(width * height for width, height in layers.values())
 
 
 def _check_settings(bits: int, group_size: int, damp: float, batch_tokens: int) -> None:
@@ -115,14 +144,15 @@ def _check_settings(bits: int, group_size: int, damp: float, batch_tokens: int) 
         raise ModelError(f"quantize batch_tokens is {batch_tokens}; use 1 or more")
 
 
-def _load(model_dir: Path) -> PreTrainedModel:
+def _load(model_dir: Path, trust: bool) -> PreTrainedModel:
     import torch
 
     from llmkd.models.artifact import load_artifact
 
     if read_json(model_dir / "config.json").get("quantization_config"):
         raise ModelError(f"{model_dir} is quantized already; quantize the merged float model")
-    model, _ = load_artifact(model_dir, dtype=torch.float32, causal=is_causal(model_dir))
+    causal = is_causal(model_dir)
+    model, _ = load_artifact(model_dir, dtype=torch.float32, causal=causal, trust_remote_code=trust)
     return model
 
 
@@ -218,7 +248,7 @@ def _save(model: PreTrainedModel, model_dir: Path, out_dir: Path, settings: Mapp
         "meta": {"quantizer": versions},
     }
     model.save_pretrained(out_dir)
-    for pattern in (*TOKENIZER_FILES, "chat_template*"):
+    for pattern in (*TOKENIZER_FILES, "chat_template*", "*.py"):
         for file in model_dir.glob(pattern):
             shutil.copy2(file, out_dir / file.name)
 
