@@ -116,7 +116,7 @@ def _write(
     settings = {**settings, "block_name_to_quantize": stack}
     run_gptq(model, stack, batches, settings, _weights(layers))
     _restore_dtypes(model, model_dir)
-    _save(model, model_dir, out_dir, settings)
+    _save(model, model_dir, out_dir, settings, trust)
     return layers, batches
 
 
@@ -230,7 +230,9 @@ def _restore_dtypes(model: PreTrainedModel, model_dir: Path) -> None:
     model.config.dtype = read_json(model_dir / "config.json").get("dtype", model.config.dtype)
 
 
-def _save(model: PreTrainedModel, model_dir: Path, out_dir: Path, settings: Mapping[str, Any]) -> None:
+def _save(
+    model: PreTrainedModel, model_dir: Path, out_dir: Path, settings: Mapping[str, Any], trust: bool
+) -> None:
     import gptqmodel
     import optimum.version
     import torch
@@ -248,7 +250,7 @@ def _save(model: PreTrainedModel, model_dir: Path, out_dir: Path, settings: Mapp
         "meta": {"quantizer": versions},
     }
     model.save_pretrained(out_dir)
-    for pattern in (*TOKENIZER_FILES, "chat_template*", "*.py"):
+    for pattern in (*TOKENIZER_FILES, "chat_template*", *(["*.py"] if trust else [])):
         for file in model_dir.glob(pattern):
             shutil.copy2(file, out_dir / file.name)
 

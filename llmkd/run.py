@@ -268,9 +268,11 @@ def checkpoint_digest(directory: Path) -> str:
     Weights of hundreds of gigabytes are told apart in moments; training changes both ends of a shard.
     """
     seen = hashlib.sha256()
-    for path in sorted(path for path in directory.iterdir() if path.is_file()):
+    # code that it comes with may lie deeper
+    paths = {path for path in directory.iterdir() if path.is_file()} | {*directory.rglob("*.py")}
+    for path in sorted(paths):
         size = path.stat().st_size
-        seen.update(f"{path.name} {size}\n".encode())
+        seen.update(f"{path.relative_to(directory).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
             seen.update(file.read(WHOLE))
             file.seek(max(size - WHOLE, 0))

@@ -1,4 +1,4 @@
-"""What every script in stages/ starts with: its command line, its config, its finished inputs."""
+"""What every script in stages/ shares: its command line, its config, its parts, and how it ends."""
 
 import argparse
 import logging
@@ -8,21 +8,17 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from llmkd import interrupt, ranks, run, tracking
 from llmkd.config import load
 from llmkd.errors import ConfigError, LlmkdError, Stopped
-from llmkd.parser import Parser
+from llmkd.parser import Parser, while_read
 from llmkd.schema import Config
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(body: Callable[[Config, argparse.Namespace], None], description: str, *flags: str) -> None:
     """Run a stage's body with the config and the flags of this process's command line; see `telling`."""
-    with telling():
+    with while_read(), telling():
         config, arguments = parse(description, flags)
         tracking.check(config.tracking)
         body(config, arguments)

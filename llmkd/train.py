@@ -246,16 +246,18 @@ def predict(
     mine = (batches + batches[-1:] * fill)[ranks.rank() :: ranks.world()]
     device = next(model.parameters()).device
     bar = tqdm(mine, "logits", delay=5, leave=False, disable=not ranks.is_main())
+    odd: dict[int, NDArray[np.float32]] = {}  # not finite: told below, and asked for anew by the next call
     try:
         with inference(model), autocast(precision, device):
             for batch in bar:
                 inputs = {name: tensor.to(device) for name, tensor in examples.inputs(batch).items()}
                 logits = class_logits(model, **inputs).cpu().numpy()
-                found.update(zip(batch.tolist(), logits, strict=True))
+                for row, one in zip(batch.tolist(), logits, strict=True):
+                    (found if np.isfinite(one).all() else odd)[row] = one
                 save(False)
     finally:  # also of what a signal or an error ends
         save(True)
-    merged = {row: logits for part in ranks.gather(found) for row, logits in part.items()}
+    merged = {row: logits for part in ranks.gather({**found, **odd}) for row, logits in part.items()}
     result = np.stack([merged[row] for row in rows.tolist()]) if len(rows) else np.zeros((0, 0), np.float32)
     _check_finite(result, (examples.ids[row] for row in rows.tolist()))
     return result

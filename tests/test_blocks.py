@@ -175,6 +175,15 @@ def test_what_is_saved_names_no_way_of_its_own(tmp_path: Any) -> None:
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
 
 
+def test_a_model_spread_over_devices_keeps_its_own_forwards() -> None:
+    from accelerate import cpu_offload
+
+    model, inputs = gemma(attn_implementation="eager"), rows()
+    expected = class_logits(copy.deepcopy(model), **inputs)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(class_logits(model, **inputs), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_other_models_keep_their_attention(taken: list[Tensor]) -> None:
     class_logits(classifier("llama", max_position_embeddings=512), **rows())
     assert not taken
@@ -238,3 +247,39 @@ def test_fusing_twice_is_fusing_once() -> None:
     fused, usual = adapted()
     fuse(fused)
     assert_alike(fused, usual, "fp32", 1e-5)
+
+
+@pytest.mark.parametrize("softcap", [50.0, 1e4])
+def test_scores_near_0_keep_their_digits_in_float32(softcap: float) -> None:
+    """The sigmoid, which bf16 takes, would lose them: 2e-6 of the values and more, at these bounds."""
+    torch.manual_seed(0)
+    given = [torch.randn(2, 40, 2, 16) for _ in range(3)]  # query, key, value (B, L, H, D)
+    angles = torch.ones(1, 40, 1, 8), torch.zeros(1, 40, 1, 8)  # nothing is turned
+    mask = torch.full((40, 40), torch.finfo(torch.float32).min).triu(1).expand(2, 1, 40, 40)
+    ours, (query, key, value) = (
+        [x.to(kind, copy=True).requires_grad_() for x in given] for kind in (torch.float32, torch.float64)
+    )
+    scores = softcap * torch.tanh(torch.einsum("blhd,bmhd->bhlm", query, key) / 4 / softcap) + mask
+    expected = torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1), value)
+    out = blocks._Blocks.apply(*ours, *angles, mask, 1 / 4, softcap, None)
+    expected.square().sum().backward()
+    out.square().sum().backward()
+    pairs = [
+        (out, expected),
+        *((one.grad, other.grad) for one, other in zip(ours, (query, key, value), strict=True)),
+    ]
+    for one, other in pairs:
+        assert (one - other).abs().max() <= 6e-7 * other.abs().max()
+
+
+@torch.no_grad()
+def test_a_cache_of_keys_is_filled_and_read() -> None:
+    """Two tokens after a prompt whose keys and values were kept, as the eager way gives them."""
+    model = gemma(sliding_window=50).eval()
+    ids = rows()["input_ids"]
+    expected = model.model(ids, use_cache=False).last_hidden_state[:, -2:]
+    tune(model)
+    begun = model.model(ids[:, :-2], use_cache=True)
+    assert begun.past_key_values.get_seq_length() == LENGTH - 2
+    found = model.model(ids[:, -2:], past_key_values=begun.past_key_values).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

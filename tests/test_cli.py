@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 
+from llmkd import parser
 from llmkd.cli import COMMANDS, main
 from llmkd.errors import ModelError
 
@@ -187,13 +188,27 @@ def test_schema_is_a_json_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert document(capsys, "schema") == schema
 
 
-def test_a_reader_that_has_enough_ends_it_without_a_word() -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "llmkd.cli", "schema"],
+        ["-m", "llmkd.cli", "run", "--config", str(tiny.CONFIG), "prepare"],
+        ["stages/00_prepare.py", "--config", str(tiny.CONFIG)],
+    ],
+)
+def test_a_reader_that_has_enough_ends_it_without_a_word(words: list[str], tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "llmkd.cli", "schema"]
+    own = [f"run={tmp_path}"] if "--config" in words else []
+    command = [sys.executable, *words, *own]
     found = subprocess.run(command, cwd=tiny.ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_no_reader_that_has_enough(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BrokenPipeError, match="a worker's"), parser.while_read():
+        raise BrokenPipeError("a worker's")
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -203,6 +203,23 @@ def test_a_launcher_that_is_not_there(stages: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "error: --launch nowhere: no such command; install it or correct it\n"
 
 
+@pytest.mark.parametrize(("mode", "reason"), [(0o644, "Permission denied"), (0o755, "Exec format error")])
+def test_a_launcher_that_is_no_program(
+    stages: Path, mode: int, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher = stages / "launcher"
+    launcher.write_text("words\n")
+    launcher.chmod(mode)
+    assert code("--launch", str(launcher)) == 2
+    said = f"error: --launch {launcher}: {reason}; install it or correct it\n"
+    assert capsys.readouterr().err == said
+
+
+def test_without_a_path_the_system_s_own_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PATH")
+    assert processes.surroundings(1)["PATH"].endswith(f"{os.pathsep}{os.defpath}")
+
+
 def test_json_leaves_stdout_to_one_document(stages: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert code("--json", "prepare", "merge") == 0
     out, err = capfd.readouterr()

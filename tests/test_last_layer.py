@@ -184,3 +184,26 @@ def test_the_library_s_own_call_is_as_it_was() -> None:
     class_logits(model, **inputs)
     torch.testing.assert_close(model(**inputs).logits, before, rtol=0, atol=0)
     assert model.model(**inputs).last_hidden_state.shape[1] == 7
+
+
+class Pooled(nn.Module):
+    """A classifier of rows without padding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return class_logits(self.model, input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_model_is_the_library_s_own(family: str, widths: list[int]) -> None:
+    """Its last layer is whole, also where it was shortened before."""
+    pooled, ids = Pooled(model_of(family).eval()), full("right")["input_ids"]
+    expected = pooled(ids)
+    assert widths == [1]
+    program = torch.export.export(pooled, (ids,), strict=False)
+    torch.testing.assert_close(program.module()(ids), expected, rtol=1e-4, atol=1e-5)
+    assert [width for width in widths if width == 1] == [1]

@@ -10,6 +10,7 @@ import tiny
 
 from llmkd import config as configs
 from llmkd.errors import ConfigError, LlmkdError, ModelError
+from llmkd.layout import Layout
 from llmkd.planning import lookup, memory, plan, shapes, table, work
 from llmkd.planning.memory import Way, Zero
 
@@ -245,6 +246,17 @@ def test_the_reference_recipe_fits_eight_cards_of_80_gb(monkeypatch: pytest.Monk
     assert trained["memory"]["weights"] == pytest.approx(37.4e9 + 4 * 828e6, rel=0.01)
     assert trained["hours"] == pytest.approx(trained["flops"] / (8 * 312e12 * 0.4 * 3600))
     assert found["totals"]["unknown"] == 0
+
+
+@pytest.mark.parametrize(("how", "k"), [("topk", 19), ("sampled", 21)])
+def test_a_cache_of_next_words_takes_what_its_layout_says(
+    how: str, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.ROOT)
+    config = configs.load("configs/causal_lm.yaml", [f"distill.cache.how={how}", f"distill.cache.k={k}"])
+    jobs = plan(config, rows={"task.train": 1000, "task.test": 10})["jobs"]
+    (cache,) = [job for job in jobs if job["what"] == "cache"]
+    assert cache["disk"] == Layout(how, k, 1000).token_bytes * cache["tokens"]
 
 
 def test_advice_is_enough_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -385,6 +385,8 @@ def test_a_base_outside_the_run_is_sized_by_its_files_or_its_known_shape(tmp_pat
         assert found == {"student": base + 1000}
     assert judged_sizes({"student": {"name": "gemma", "model": "no/one"}}, adapter) == {"student": None}
     assert judged_sizes({"student": {"name": "gemma", "model": None}}, adapter) == {"student": None}
+    (tmp_path / "model.safetensors").rename(tmp_path / "model.bin")  # what lies there now tells nothing
+    assert judged_sizes({"student": {"name": "gemma", "model": str(tmp_path)}}, adapter) == {"student": None}
 
 
 def test_a_teacher_beside_the_student_is_sized_too(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -11,7 +9,7 @@ from types import ModuleType
 
 from llmkd import __version__
 from llmkd.cli import completion, evaluate, export, init, plan, predict, report, run, schema, status, verify
-from llmkd.parser import Parser, nearest
+from llmkd.parser import Parser, nearest, while_read
 
 COMMANDS: dict[str, ModuleType] = {
     "init": init,
@@ -30,7 +28,13 @@ COMMANDS: dict[str, ModuleType] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exit codes: 0; 1 where `verify` or `status --check` found something wrong; 2 for what
-    a user can mend, told in one line; 130 and 143 where a signal stopped it; else a failing stage's own."""
+    a user can mend, told in one line; 130 and 143 where a signal stopped it; 141 where whoever reads had
+    enough; else a failing stage's own."""
+    with while_read():
+        _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     parser, commands = tree()
     if not words or words[0].startswith("-"):
@@ -46,18 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             answer = COMMANDS[arguments.command].answer(arguments)
         text = json.dumps(answer.data, indent=1, ensure_ascii=False) if arguments.json else answer.text
         if text:
-            say(text)
+            print(text, flush=True)
     if answer.code:
         sys.exit(answer.code)
-
-
-def say(text: str) -> None:
-    """Print. Whoever reads may close the pipe early, as `head` does: that ends it as SIGPIPE would."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
-        sys.exit(128 + signal.SIGPIPE)
 
 
 def tree() -> tuple[Parser, dict[str, Parser]]:

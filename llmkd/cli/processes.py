@@ -43,7 +43,8 @@ def abreast(commands: Sequence[Sequence[str]], jobs: int, quiet: bool) -> int:
 def surroundings(jobs: int) -> dict[str, str]:
     """The environment of each of `jobs` processes: its share of the cores; no progress bar where several
     would write over one another, or into a file."""
-    found = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    beside, path = Path(sys.executable).parent, os.environ.get("PATH", os.defpath)
+    found = {**os.environ, "PATH": f"{beside}{os.pathsep}{path}"}
     if jobs > 1:
         found.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
     if jobs > 1 or not sys.stderr.isatty():
@@ -64,8 +65,9 @@ def start(command: Sequence[str], environment: Mapping[str, str], quiet: bool) -
             process_group=0,
             preexec_fn=mortal(os.getpid()) if sys.platform == "linux" else None,
         )
-    except FileNotFoundError:
-        raise ConfigError(f"--launch {command[0]}: no such command; install it or correct it") from None
+    except OSError as error:
+        reason = "no such command" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ConfigError(f"--launch {command[0]}: {reason}; install it or correct it") from None
 
 
 def mortal(parent: int) -> Callable[[], None]:

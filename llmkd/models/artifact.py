@@ -200,7 +200,6 @@ def _load_unpacked(
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         AutoConfig,
     )
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     bits, offset = _format(directory, packing)
     config = _checked(
@@ -214,7 +213,7 @@ def _load_unpacked(
     own = (getattr(config, "auto_map", None) or {}).get(auto) if trust else None
     if type(config) not in mapping and own is None:
         raise ModelError(f"{directory}: {config.model_type} has no {_kind(causal)}; name another model")
-    kind: Any = get_class_from_dynamic_module(own, str(directory)) if own else mapping[type(config)]
+    kind: Any = mapping[type(config)] if own is None else _own_class(directory, own, trust)
     state = _unpacked_state(directory, bits, offset, dtype)
     # The model takes the tensors over rather than copies them, so this holds the weights once.
     model, loading = _checked(
@@ -226,6 +225,21 @@ def _load_unpacked(
     )
     _check_complete(directory, loading, causal)
     return model  # type: ignore[no-any-return]
+
+
+def _own_class(directory: Path, name: str, trust: bool) -> Any:
+    """A class of the code that lies in the directory, and nowhere else."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    if "--" in name:
+        raise ModelError(
+            f"{directory}: its auto_map names {name}, which lies elsewhere; put that code beside it"
+        )
+    return _checked(
+        directory,
+        lambda: get_class_from_dynamic_module(name, str(directory), local_files_only=True),
+        trust,
+    )
 
 
 def _format(directory: Path, packing: Mapping[str, Any]) -> tuple[int, int]:

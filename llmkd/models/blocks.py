@@ -2,7 +2,9 @@
 
 transformers has nothing but its eager way for a model in training: every step of softmax(c tanh(s QKᵀ/c)) V
 goes over the whole L × L matrix in memory, above the diagonal too. Here a block of queries stays in the
-cache, and keys that come later, or lie beyond the window, are left out. Same numbers, to rounding.
+cache, and keys that come later, or lie beyond the window, are left out. Same numbers, to rounding, of every
+token that sees one that is no padding. Any other shares alike among all L in the eager way, here among those
+not left out: hidden states at padded positions differ, and a row of nothing but padding.
 
 tanh y = 2σ(2y) - 1, and a softmax does not see what is added to a whole row. So scores may be 2cσ(2sQKᵀ/c),
 and σ costs a processor a fifth of tanh; but near 0 it loses digits, which only bf16 does not have anyway.

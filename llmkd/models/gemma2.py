@@ -24,7 +24,8 @@ def tune(model: Any) -> None:
         return
     from transformers.models.gemma2 import modeling_gemma2 as gemma2
 
-    if config._attn_implementation != "eager":
+    # accelerate's hooks, of a model spread over devices, want each module's own forward
+    if config._attn_implementation != "eager" or any(hasattr(one, "_hf_hook") for one in model.modules()):
         return
     model.__dict__[TUNED] = True
     ways: dict[type, Any] = {

@@ -2,7 +2,8 @@
 
 Its head reads one token's vector. Of the last layer that takes keys and values of all tokens, but queries,
 attention, output projection, MLP and norms of that token only: the others' have no reader and no gradient.
-Of L layers that saves most of one, forward and backward, and changes no number.
+Of L layers that saves most of one, forward and backward. Numbers stay, to rounding, but for dropout's draws:
+an adapter in that layer drops other entries, as it draws for fewer tokens.
 """
 
 from __future__ import annotations

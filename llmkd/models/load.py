@@ -296,7 +296,7 @@ def init_model(
         config.num_labels = len(labels)
         set_seed(seed)
         auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
-        model = auto.from_config(config)
+        model = auto.from_config(config, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AssertionError, StrictDataclassError) as error:
         raise ModelError(
             f"init: {architecture} {dict(settings)}: {' '.join(str(error).split())[:300]}"

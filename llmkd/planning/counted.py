@@ -37,12 +37,12 @@ def from_meta(architecture: str, config: Mapping[str, Any], source: str) -> Shap
     from llmkd.models.load import register_nets
 
     register_nets()
-    told = ("model_type", "id2label", "label2id", "num_labels", "quantization_config")
+    told = ("model_type", "id2label", "label2id", "num_labels", "quantization_config", "auto_map")
     settings = {name: value for name, value in config.items() if name not in told}
     try:
         with torch.device("meta"):
             made = AutoConfig.for_model(architecture, **settings, num_labels=2)
-            model = AutoModelForSequenceClassification.from_config(made)
+            model = AutoModelForSequenceClassification.from_config(made, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         line = " ".join(str(error).split())[:200]
         raise ModelError(f"{source}: {architecture} cannot be counted: {line}; mend its config") from error

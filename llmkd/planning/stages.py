@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmkd import units
+from llmkd.layout import Layout
 from llmkd.planning import memory, models, work
 from llmkd.planning.data import phase_part, task_part
 from llmkd.planning.jobs import ROW, Job, Learning, Plan, dev_of, learn, mixed, repeated, run_over, seen
@@ -79,7 +80,7 @@ def teaching(plan: Plan, teacher: Any) -> Iterator[Job]:
         frozen = replace(way, lora=None, load_in=way.precision if teacher.load_in == "auto" else way.load_in)
         cache = config.distill_of(config.student).cache
         assert cache
-        rate = work.caching_rate(shape.vocab, cache.how, cache.k, cache.bits)
+        rate = Layout(cache.how, cache.k, shape.vocab, cache.bits).token_bytes
         whole = [(train, train.count)]
         job = run_over(plan, "02", teacher.name, "cache", teacher, frozen, teacher.batch_tokens, whole)
         yield replace(job, disk=rate * job.tokens, known=known, keys=keys)

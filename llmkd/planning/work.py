@@ -114,9 +114,3 @@ def gptq_memory(shape: Shape, tokens: float) -> float:
     of all calibration tokens."""
     widest = max((i for _, i, _ in shape.linears), default=0)
     return 4.0 * shape.block + 12.0 * widest**2 + 8.0 * shape.hidden * tokens
-
-
-def caching_rate(vocab: int, how: str, k: int, bits: int) -> int:
-    """Bytes a token of a cache of next tokens; as `llmkd.layout.Layout.token_bytes`."""
-    tail = max(16, bits) if how == "topk" else 0
-    return -(-(tail + k * (max(1, (vocab - 1).bit_length()) + bits)) // 8)

@@ -10,7 +10,6 @@ from typing import Any
 
 from llmkd import run as runs
 from llmkd.errors import RunError
-from llmkd.models.artifact import size_bytes
 from llmkd.planning import lookup, shapes
 
 PREPARE, PRETRAIN, TEACHERS = "00_prepare", "01_pretrain", "02_teachers"
@@ -148,7 +147,7 @@ def _base(units: Units, model: Mapping[str, Any]) -> int | None:
     if not (source := model.get("model")):
         return None
     if Path(source).is_dir():
-        return size_bytes(Path(source)) or None
+        return sum(file.stat().st_size for file in Path(source).glob("*.safetensors")) or None
     known = lookup.known().get(source.lower())
     return 2 * shapes.from_config(known["config"]).backbone if known else None
 

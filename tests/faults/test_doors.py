@@ -38,7 +38,9 @@ def test_no_source_unpickles_or_runs_what_it_reads(path: Path) -> None:
             trusts = [ast.unparse(one.value) for one in node.keywords if one.arg == TRUST]
             assert not {"True", "None"} & {*trusts}, f"{called}: the word is the config's"
             auto = called.startswith("Auto") or called.startswith("auto.")
-            assert trusts or not (auto and called.endswith(".from_pretrained")), called
+            assert trusts or not (auto and called.endswith((".from_pretrained", ".from_config"))), called
+            local = [ast.unparse(one.value) for one in node.keywords if one.arg == "local_files_only"]
+            assert local == ["True"] or "dynamic_module" not in called, f"{called}: code that lies elsewhere"
         elif isinstance(node, ast.FunctionDef):
             taken = node.args.kwonlyargs, node.args.kw_defaults
             defaults = {one.arg: value for one, value in zip(*taken, strict=True) if value is not None}

@@ -13,8 +13,10 @@ import tiny
 from conftest import STAGES
 
 from llmkd import cli, run
+from llmkd.models.artifact import load_artifact
 from llmkd.models.hub import say_trusted
 from llmkd.models.load import load_causal_lm, load_classifier, load_tokenizer
+from llmkd.planning import lookup
 
 MODEL = """
 from pathlib import Path
@@ -127,6 +129,45 @@ def test_code_that_fails_is_one_line(own: Path) -> None:
     (own / "modeling_own.py").write_text("import no_such_module_at_all\n")
     with pytest.raises(run.RunError.__base__, match=r"own: AutoConfig cannot load it: .*no_such_module.*\Z"):
         load_causal_lm(str(own), load_in="fp32", trust_remote_code=True)
+
+
+@pytest.fixture
+def packed(finished: Path, tmp_path: Path, ran: Path) -> Path:
+    """A quantized artifact of a known architecture, beside which code lies that its config names."""
+    path = Path(shutil.copytree(finished / "05_quantize" / "model", tmp_path / "packed"))
+    (path / "modeling_own.py").write_text(MODEL.format(ran=str(ran)))
+    kind = "AutoModelForSequenceClassification"
+    changed(path / "config.json", auto_map={kind: "modeling_own.OwnForSequenceClassification"})
+    return path
+
+
+def test_a_known_packed_model_is_unpacked_without_the_code_beside_it(packed: Path, ran: Path) -> None:
+    model, _ = load_artifact(packed)
+    assert type(model).__name__ == "Gemma2ForSequenceClassification"
+    assert not ran.exists()
+    model, _ = load_artifact(packed, trust_remote_code=True)
+    assert type(model).__name__ == "OwnForSequenceClassification"
+    assert ran.exists()
+
+
+def test_a_packed_model_s_code_lies_in_its_directory_or_is_refused(packed: Path) -> None:
+    kind = "AutoModelForSequenceClassification"
+    changed(packed / "config.json", auto_map={kind: "someone/elsewhere--modeling_own.Own"})
+    with pytest.raises(run.RunError.__base__, match=r"packed: its auto_map names someone/.*put it beside\Z"):
+        load_artifact(packed, trust_remote_code=True)
+    changed(packed / "config.json", auto_map={kind: "modeling_own.Own"})
+    (packed / "modeling_own.py").write_text("raise ArithmeticError('of its own')\n")
+    with pytest.raises(run.RunError.__base__, match=r"packed cannot be loaded: ArithmeticError: of its"):
+        load_artifact(packed, trust_remote_code=True)
+
+
+def test_a_plan_runs_no_code(tmp_path: Path, ran: Path) -> None:
+    (tmp_path / "modeling_own.py").write_text(MODEL.format(ran=str(ran)))
+    names = {"AutoModelForSequenceClassification": "modeling_own.OwnForSequenceClassification"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit_mae", "auto_map": names}))
+    with pytest.raises(run.RunError.__base__, match="cannot be counted"):
+        lookup.named(str(tmp_path))
+    assert not ran.exists()
 
 
 def words(directory: Path, own: Path, *more: str) -> list[str]:

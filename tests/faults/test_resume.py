@@ -268,6 +268,16 @@ def test_phases_go_on_in_the_phase_they_were_in(tmp_path: Path, monkeypatch: pyt
     assert history == expected
 
 
+def test_a_logit_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
+    model, rows = tiny.classifier(), np.arange(24)
+    whole, right = predict(model, tiny.examples(), rows, 48), model.score.weight.detach().clone()
+    model.score.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="logits of 24 rows are not finite"):
+        predict(model, tiny.examples(), rows, 48, keep=tmp_path, keep_minutes=0)
+    model.score.weight.data.copy_(right)
+    np.testing.assert_array_equal(predict(model, tiny.examples(), rows, 48, keep=tmp_path), whole)
+
+
 def test_a_prediction_asks_only_for_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = tiny.classifier(), np.arange(24)[::-1].copy()
     whole = predict(model, tiny.examples(), rows, 48)

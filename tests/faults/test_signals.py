@@ -72,7 +72,9 @@ def test_ranks_that_are_asked_to_stop_save_and_one_process_goes_on(
         shutil.copytree(finished / stage, tmp_path / stage)
     two = begin(tmp_path, world=2)
     try:
+        until = time.monotonic() + LIMIT
         while saved(tmp_path) < 3 and not any(process.poll() for process in two):
+            assert time.monotonic() < until
             time.sleep(0.02)
         assert tiny.stage("02_teachers", *words(tmp_path)) == 2
         held = f"error: {tmp_path}/02_teachers/qwen/fold0: held by process {two[0].pid} on "
@@ -86,18 +88,22 @@ def test_ranks_that_are_asked_to_stop_save_and_one_process_goes_on(
     step = stopped("".join(told), signal.SIGTERM)
     assert "stopped by" in told[0], "the first rank speaks for all"
 
-    seen: list[int] = []
+    seen, over, until = list[int](), threading.Event(), time.monotonic() + LIMIT
 
     def later() -> None:
-        while saved(tmp_path) <= step:
-            seen.append(saved(tmp_path))
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
+        while (last := saved(tmp_path)) <= step and time.monotonic() < until and not over.wait(0.005):
+            seen.append(last)
+        if not over.is_set():  # also after the limit: nothing else ends that training
+            os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=later, daemon=True)
+    thread = threading.Thread(target=later)
     thread.start()
-    assert tiny.stage("02_teachers", *words(tmp_path)) == 130
-    thread.join()
+    try:
+        assert tiny.stage("02_teachers", *words(tmp_path)) == 130
+    finally:
+        over.set()
+        thread.join()
+    assert time.monotonic() < until
     assert set(seen) <= {0, step}, "it went on, and did not begin again"  # 0: between two files
     assert stopped(capsys.readouterr().err, signal.SIGINT) > step
     assert unfinished(tmp_path).exists()
