@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmkd.errors import ModelError
+from llmkd.progress import bar
 
 if TYPE_CHECKING:
     import torch
@@ -179,7 +180,7 @@ def _merge_adapters(base: PreTrainedModel, folds: Sequence[Fold], how: str) -> N
     parameters = dict(base.named_parameters())
     for name in plain:  # first: a head may carry a LoRA of its own, on top of the saved weights
         _store(parameters, name, _mean(fold.read(name) for fold in folds), folds[0])
-    for module in modules:
+    for module in bar(modules, "merge"):
         delta = _mean_delta(module, folds) if how == "delta" else _factors_delta(module, folds)
         _add_delta(base, parameters, module, delta, folds[0])
 
@@ -273,7 +274,7 @@ def _scale(fold: Fold, module: str, rank: int) -> float:
 def _average_models(base: PreTrainedModel, folds: Sequence[Fold]) -> None:
     state = base.state_dict()  # shares memory with the model
     stored = set(folds[0].tensors)
-    for name in sorted(stored):
+    for name in bar(sorted(stored), "merge"):
         mean = _mean(fold.read(name) for fold in folds)
         _store(state, name, mean, folds[0])
     filled = {state[name].data_ptr() for name in stored}  # a tied weight is saved under one of its names only

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from llmkd import folds as folding
 from llmkd.canonical import OWN_COLUMNS, SWAPPED, canonical
 from llmkd.errors import DataError
+from llmkd.progress import bar
 from llmkd.sources import arena_numbers, read
 from llmkd.tasks import KINDS, preference
 
@@ -177,7 +178,7 @@ def _digest(values: Sequence[str | bytes]) -> int:
 
 def _walk(table: pa.Table, fields: Sequence[str]) -> Iterator[tuple[str | bytes, ...]]:
     """Rows as tuples of strings or bytes, a slice of the table in memory at a time."""
-    for start in range(0, table.num_rows, 10_000):
+    for start in bar(range(0, table.num_rows, 10_000), "rows"):
         part = table.slice(start, 10_000)
         yield from zip(*(_plain(part[field]).to_pylist() for field in fields), strict=True)
 

@@ -16,7 +16,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
 from numpy.typing import NDArray
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.trainer_utils import set_seed
@@ -26,6 +25,7 @@ from llmkd.batches import Examples, Rows, Steps, padding_share, sorted_batches
 from llmkd.errors import ConfigError, DataError, ModelError, Stopped
 from llmkd.models.lora import load_trainable
 from llmkd.models.pooling import autocast, class_logits, without_dropout
+from llmkd.progress import bar
 from llmkd.resume import Saving, keeping, load_learnt
 from llmkd.steps import KeepBest, StepTrainer
 from llmkd.tracking import Track, tracked
@@ -245,11 +245,10 @@ def predict(
     fill = -len(batches) % ranks.world()
     mine = (batches + batches[-1:] * fill)[ranks.rank() :: ranks.world()]
     device = next(model.parameters()).device
-    bar = tqdm(mine, "logits", delay=5, leave=False, disable=not ranks.is_main())
     odd: dict[int, NDArray[np.float32]] = {}  # not finite: told below, and asked for anew by the next call
     try:
         with inference(model), autocast(precision, device):
-            for batch in bar:
+            for batch in bar(mine, "logits"):
                 inputs = {name: tensor.to(device) for name, tensor in examples.inputs(batch).items()}
                 logits = class_logits(model, **inputs).cpu().numpy()
                 for row, one in zip(batch.tolist(), logits, strict=True):

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from llmkd import mapped
 from llmkd.errors import ConfigError, DataError
+from llmkd.progress import bar
 from llmkd.tasks import KINDS
 
 Row = Mapping[str, str]
@@ -119,7 +120,7 @@ def encode_rows(
     lengths: list[int] = [0]
 
     def parts() -> Iterator[npt.NDArray[np.int32]]:
-        for start in range(0, texts.num_rows, batch):
+        for start in bar(range(0, texts.num_rows, batch), "tokens"):
             encoded = encode(texts.slice(start, batch).to_pylist())
             lengths.extend(len(ids) for ids in encoded)
             yield np.fromiter(chain.from_iterable(encoded), dtype=np.int32)
