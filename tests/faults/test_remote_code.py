@@ -153,7 +153,7 @@ def test_a_known_packed_model_is_unpacked_without_the_code_beside_it(packed: Pat
 def test_a_packed_model_s_code_lies_in_its_directory_or_is_refused(packed: Path) -> None:
     kind = "AutoModelForSequenceClassification"
     changed(packed / "config.json", auto_map={kind: "someone/elsewhere--modeling_own.Own"})
-    with pytest.raises(run.RunError.__base__, match=r"packed: its auto_map names someone/.*put it beside\Z"):
+    with pytest.raises(run.RunError.__base__, match=r"packed: its auto_map names someone/.*beside it\Z"):
         load_artifact(packed, trust_remote_code=True)
     changed(packed / "config.json", auto_map={kind: "modeling_own.Own"})
     (packed / "modeling_own.py").write_text("raise ArithmeticError('of its own')\n")
