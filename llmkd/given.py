@@ -51,7 +51,8 @@ def given(role: str, source: Source, tokenizer: PreTrainedTokenizerBase | None, 
     """What was given, checked as far as its configuration tells. Raises ModelError."""
     from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmkd.models.load import check_budget, from_hub, load_tokenizer
+    from llmkd.models.hub import from_hub
+    from llmkd.models.load import check_budget, load_tokenizer
     from llmkd.models.pooling import unwrapped
 
     model, own = source if isinstance(source, tuple) else (source, None)

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from llmkd import canonical, description, features, streams, tasks
-from llmkd.errors import DataError, ModelError
+from llmkd.errors import DataError
 from llmkd.evaluate import Probabilities, both_orders, scores, softmax
 from llmkd.tasks import preference
 
@@ -235,8 +235,6 @@ def _forecaster(
     text = {key: said[key] for key in ("template", "max_tokens", "max_words", "extra")}
     if not isinstance(reader, dict):
         check_budget(model.config, str(artifact), said["max_tokens"])
-        if reader.pad_token_id is None:
-            raise ModelError(f"{artifact}: its tokenizer has no pad token; set one and save it again")
 
     def forecast(rows: pa.Table) -> Probabilities:
         if swap:

@@ -16,7 +16,8 @@ from llmkd.merge import merge_folds
 from llmkd.methods.cached import Cached
 from llmkd.models.artifact import load_artifact
 from llmkd.models.hashed import FACTORS, HashedConfig, HashedForSequenceClassification, hashed
-from llmkd.models.load import init_model, load_classifier, load_tokenizer, register_nets
+from llmkd.models.hub import register_nets
+from llmkd.models.load import init_model, load_classifier, load_tokenizer
 from llmkd.models.lora import head_modules, save_trained, trainable_state
 from llmkd.objective import HARD
 from llmkd.train import fit, predict

@@ -1,5 +1,5 @@
-"""The one door to `from_pretrained`: only safetensors are read, every error is one line, and the code that
-comes with a checkpoint is run only where the config says `trust_remote_code: true` of that model."""
+"""Loading what a config names, from a hub or a directory: only safetensors are read, every error is one line,
+and code that comes with a checkpoint is run only where `trust_remote_code: true` stands beside that model."""
 
 from __future__ import annotations
 

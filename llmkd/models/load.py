@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmkd.errors import ModelError
-from llmkd.models.hub import from_hub as from_hub
-from llmkd.models.hub import register_nets as register_nets
+from llmkd.models.hub import from_hub, register_nets
 from llmkd.models.lora import NEW, head_modules
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ def filled(architecture: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A config's settings over transformers' defaults. Raises ModelError for what it does not take."""
     from transformers import AutoConfig
 
-    from llmkd.models.load import register_nets
+    from llmkd.models.hub import register_nets
 
     register_nets()
     try:
@@ -34,7 +34,7 @@ def from_meta(architecture: str, config: Mapping[str, Any], source: str) -> Shap
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from llmkd.models.load import register_nets
+    from llmkd.models.hub import register_nets
 
     register_nets()
     told = ("model_type", "id2label", "label2id", "num_labels", "quantization_config", "auto_map")

@@ -273,6 +273,6 @@ def tokenizer_in(directory: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a directory. Raises ModelError."""
     from transformers import AutoTokenizer
 
-    from llmkd.models.load import from_hub
+    from llmkd.models.hub import from_hub
 
     return from_hub(AutoTokenizer, directory, trust_remote_code=trust_remote_code)
