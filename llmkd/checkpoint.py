@@ -1,4 +1,4 @@
-"""A training's checkpoint: one safetensors file, found whole or not at all.
+"""A checkpoint of a training, or of a quantization's block: one safetensors file, found whole or not at all.
 
 Its name ends in the digest of its bytes: what a full disk, a kill or a flipped bit left is never read. It
 also says which unit it is of, and of which part of it: a whole one of another run is not gone on with.
@@ -67,7 +67,7 @@ def _last(directory: Path) -> str | None:
         if not damaged and _told(path) == _place(directory):
             return path.name
         why = "damaged (sha256)" if damaged else "not this unit's own"
-        print(f"{path}: {why}, left aside: this training goes on from before it", flush=True)
+        print(f"{path}: {why}, left aside: the work goes on from before it", flush=True)
     return None
 
 

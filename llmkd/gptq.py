@@ -6,8 +6,9 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,18 +23,31 @@ COMPILE_FROM = 300_000_000
 
 
 def run_gptq(
-    model: PreTrainedModel, stack: str, batches: list[Batch], settings: Mapping[str, Any], weights: int
+    model: PreTrainedModel,
+    stack: str,
+    batches: list[Batch],
+    settings: Mapping[str, Any],
+    weights: int,
+    keep: tuple[Path, str] | None = None,
 ) -> None:
     """Quantize in place the linear layers of the blocks in the list named `stack`.
 
     `batches` hold unpadded rows of one length each, shortest first; `settings` are GPTQQuantizer's;
-    `weights` is how many will be quantized. `import_quietly` comes before it.
+    `weights` is how many will be quantized; `keep`, a directory and a digest, is for `gptq_blocks.kept`.
+    `import_quietly` comes before it.
     """
     from optimum.gptq import GPTQQuantizer
 
+    from llmkd.gptq_blocks import kept
+
     quantizer = GPTQQuantizer(dataset=batches, **settings)
     blocks = list(model.get_submodule(stack).children())
-    with _own_arguments(model, blocks, batches), _quiet_run(), _packer(compiled=weights >= COMPILE_FROM):
+    with (
+        _own_arguments(model, blocks, batches),
+        _quiet_run(),
+        _packer(compiled=weights >= COMPILE_FROM),
+        kept(blocks, *keep) if keep else nullcontext(),
+    ):
         quantizer.quantize_model(model)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmkd.digests import sha
 from llmkd.errors import ModelError
 from llmkd.gptq import Batch, import_quietly, run_gptq
 from llmkd.models.artifact import (
@@ -25,6 +27,7 @@ from llmkd.models.artifact import (
     size_bytes,
     unpack_layer,
 )
+from llmkd.run import checkpoint_digest
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +50,7 @@ def quantize_gptq(
     damp: float = 0.1,
     batch_tokens: int = 4096,
     trust_remote_code: bool = False,
+    checkpoints: Path | None = None,
 ) -> dict[str, Any]:
     """Quantize the linear layers of the blocks of a classifier or a causal LM; all else stays as it is.
 
@@ -62,6 +66,9 @@ def quantize_gptq(
         damp: share of the mean Hessian diagonal added to it.
         batch_tokens: most tokens in one calibration batch (a longer row runs alone).
         trust_remote_code: whether Python code that lies in `model_dir` may be run; it then goes along.
+        checkpoints: a directory in which each finished block is kept, a byte a weight. Called again with the
+            same model, rows and settings after it was cut off, it goes on behind the last of them, to the
+            same bytes; on a signal it finishes its block and raises Stopped. The caller removes it.
 
     Returns seconds, bytes before and after, calibration rows and tokens, the number of quantized layers
     and of their weights, and the relative weight errors |W - Q| / |W| (Frobenius): mean, max, worst layer.
@@ -81,7 +88,9 @@ def quantize_gptq(
         "true_sequential": True,
     }
     import_quietly()
-    layers, batches = _write(model_dir, out_dir, calibration, settings, batch_tokens, trust_remote_code)
+    layers, batches = _write(
+        model_dir, out_dir, calibration, settings, batch_tokens, trust_remote_code, checkpoints
+    )
     _let_go()
     errors = _compare(model_dir, out_dir, sorted(layers), bits, symmetric)
     worst = max(errors, key=lambda name: errors[name])
@@ -106,6 +115,7 @@ def _write(
     settings: dict[str, Any],
     batch_tokens: int,
     trust: bool,
+    checkpoints: Path | None,
 ) -> tuple[dict[str, tuple[int, int]], list[Batch]]:
     """Load, quantize and save; the widths of what was quantized, and what it was calibrated on."""
     model = _load(model_dir, trust)
@@ -114,10 +124,16 @@ def _write(
     _check_widths(layers, settings["group_size"])
     batches = _batches(calibration, model.config.get_text_config().vocab_size, batch_tokens)
     settings = {**settings, "block_name_to_quantize": stack}
-    run_gptq(model, stack, batches, settings, _weights(layers))
+    keep = (checkpoints, _made_from(model_dir, settings, batches)) if checkpoints else None
+    run_gptq(model, stack, batches, settings, _weights(layers), keep)
     _restore_dtypes(model, model_dir)
     _save(model, model_dir, out_dir, settings, trust)
     return layers, batches
+
+
+def _made_from(model_dir: Path, settings: Mapping[str, Any], batches: Sequence[Batch]) -> str:
+    """sha256 of what a quantization is made from: a block of another one is not taken for its own."""
+    return sha(json.dumps([checkpoint_digest(model_dir), settings, batches], sort_keys=True).encode())
 
 
 def _let_go() -> None:

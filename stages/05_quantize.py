@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llmkd import ranks, units
+from llmkd import libraries, ranks, units
 from llmkd.inputs import MERGE, prepared
 from llmkd.schema import Config
 from llmkd.settings import text_settings
@@ -20,12 +20,13 @@ def quantize(config: Config, arguments: Namespace) -> None:
     recipe = units.quantized(config)
     if recipe.stands:
         return say(f"{recipe.directory}: done")
+    libraries.load(libraries.WEIGHTS)
     from llmkd.description import FILE
     from llmkd.models import exits
 
     merged = Path(config.run) / MERGE / "model"
     with recipe.writing(config.seed, alone=True) as unit:
-        facts = write_model(config, merged, unit.path / "model")
+        facts = write_model(config, merged, unit.path / "model", unit.checkpoints / "gptq")
         unit.metrics.update(facts)
         # what it says of itself, its temperature included; the exits' heads stay in float, as its own does
         for name in (FILE, exits.FILE):
@@ -37,7 +38,7 @@ def quantize(config: Config, arguments: Namespace) -> None:
     )
 
 
-def write_model(config: Config, merged: Path, directory: Path) -> dict[str, Any]:
+def write_model(config: Config, merged: Path, directory: Path, checkpoints: Path) -> dict[str, Any]:
     from llmkd.card import of_config, write_card
     from llmkd.quantize import quantize_gptq
 
@@ -51,6 +52,7 @@ def write_model(config: Config, merged: Path, directory: Path) -> dict[str, Any]
         group_size=asked.group_size,
         desc_act=asked.desc_act,
         trust_remote_code=config.student.trust_remote_code,
+        checkpoints=checkpoints,
     )
     write_card(directory, **of_config(config, prepared(config)[1]))
     return facts

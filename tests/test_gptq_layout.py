@@ -132,7 +132,7 @@ def test_every_setting_is_one_that_the_quantizer_knows(
     class AskedError(Exception):
         pass
 
-    def asked(model: Any, stack: str, batches: Any, settings: dict[str, Any], weights: int) -> None:
+    def asked(model: Any, stack: str, batches: Any, settings: dict[str, Any], *rest: Any) -> None:
         raise AskedError(*settings)
 
     monkeypatch.setattr("llmkd.quantize.run_gptq", asked)
