@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 
-from llmkd.cli import main, processes, run
+from llmkd.cli import forks, main, processes, run
 from llmkd.cli.options import STAGES
 from llmkd.config import load
 
@@ -44,12 +44,17 @@ sys.exit(todo.get("code", 0))
 """
 
 
-@pytest.fixture
-def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand-ins for all scripts, in a directory where they leave their notes."""
+@pytest.fixture(params=["forks", "processes"])
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    """Stand-ins for all scripts, in a directory where they leave their notes; as forks, and as processes."""
     for script in STAGES.values():
         (tmp_path / f"{script}.py").write_text(STAND_IN)
     monkeypatch.setattr(run, "script", lambda stage: tmp_path / f"{stage}.py")
+    if request.param == "forks" and sys.platform != "linux":
+        pytest.skip("stages are forked on Linux alone")
+    # what this process has imported, and run, for other tests is no matter to a stand-in
+    monkeypatch.setattr(forks, "possible", lambda: request.param == "forks")
+    monkeypatch.setattr(forks, "ready", lambda modules: True)
     return tmp_path
 
 
@@ -255,7 +260,8 @@ def test_a_number_of_jobs_is_at_least_one(
 @pytest.mark.skipif(sys.platform != "linux", reason="children are told of it by Linux alone")
 def test_parts_end_where_the_command_itself_is_killed(stages: Path) -> None:
     plan(stages, distill={"sleep": 60})
-    script = f"from llmkd.cli import main, run; run.script = lambda stage: f'{stages}/{{stage}}.py'\n"
+    script = f"from llmkd.cli import forks, main, run; run.script = lambda stage: f'{stages}/{{stage}}.py'\n"
+    script += f"forks.possible = lambda: {forks.possible()}\n"
     script += f"main(['run', '--config', {str(tiny.CONFIG)!r}, '-j', '2', 'distill', 'merge'])"
     command = subprocess.Popen([sys.executable, "-c", script], cwd=tiny.ROOT)
     wait_for(lambda: len(notes(stages, "begin")) == 2)

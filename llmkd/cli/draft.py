@@ -8,7 +8,6 @@ from typing import Any
 
 from llmkd.cli.guess import Guess
 
-MARK = "# Real models"
 TEMPLATE = "{prompt}\\nA: {response_a}\\nB: {response_b}\\nBest:"
 
 
@@ -83,7 +82,7 @@ def folds(guess: Guess, facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 HEAD = """\
-# Written by llmkd init from $source. What is not named has its default (llmkd/schema.py).
+# Written by llmkd init from $source. What is not named has its default (docs/config.md).
 # As it stands it runs on a laptop, from nothing but this file and the data.
 run: $run
 seed: $seed

@@ -7,12 +7,26 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 STDERR = 2  # its file descriptor
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
-def abreast(commands: Sequence[Sequence[str]], jobs: int, quiet: bool) -> int:
+class Child(Protocol):
+    """What is asked of a process that was started: of a `subprocess.Popen`, or of a fork."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+    def send_signal(self, number: int, /) -> None: ...
+
+
+Start = Callable[[Sequence[str], Mapping[str, str], bool], Child]
+
+
+def abreast(commands: Sequence[Sequence[str]], jobs: int, quiet: bool, start: Start) -> int:
     """Run commands, `jobs` at a time. The exit code of the first that failed, else 0.
 
     After a failure no further one is started, and those that run come to their end. `quiet` sends their
@@ -22,7 +36,7 @@ def abreast(commands: Sequence[Sequence[str]], jobs: int, quiet: bool) -> int:
     from llmkd.errors import Stopped
 
     environment = surroundings(jobs if len(commands) > 1 else 1)
-    waiting, running, failed = list(commands), list[subprocess.Popen[bytes]](), 0
+    waiting, running, failed = list(commands), list[Child](), 0
     try:
         while running or (waiting and not failed):
             while waiting and len(running) < jobs and not failed:
@@ -85,14 +99,13 @@ def mortal(parent: int) -> Callable[[], None]:
     return bound
 
 
-def stop(running: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+def stop(running: Sequence[Child], number: int) -> None:
     """Pass a signal on, and any further one, until all have ended."""
     from llmkd import interrupt
 
     def pass_on(number: int, frame: object = None) -> None:
         for child in running:
-            if child.poll() is None:
-                child.send_signal(number)
+            child.send_signal(number)
 
     for each in interrupt.SIGNALS:
         signal.signal(each, pass_on)
@@ -101,7 +114,7 @@ def stop(running: Sequence[subprocess.Popen[bytes]], number: int) -> None:
         child.wait()
 
 
-def exit_code(child: subprocess.Popen[bytes]) -> int:
+def exit_code(child: Child) -> int:
     """As a shell tells it: 128 and the signal for one that a signal ended."""
-    code = child.returncode
+    code = child.returncode or 0
     return 128 - code if code < 0 else code

@@ -1,8 +1,9 @@
 """All stages of a config, or those named; finished work is skipped, and the same command goes on.
 
-Stages: prepare, pretrain, teachers, distill, merge, quantize, evaluate. Each is a process of its own. The
-first that fails ends the run with its exit code; Ctrl-C and SIGTERM are passed on, and what can be gone on
-with is saved, also (on Linux) where this command itself is killed.
+Stages: prepare, pretrain, teachers, distill, merge, quantize, evaluate. Each is a process of its own; where
+that is safe (on Linux, without a GPU or --launch) libraries are imported once for all of them. The first
+that fails ends the run with its exit code; Ctrl-C and SIGTERM are passed on, and what can be gone on with is
+saved, also (on Linux) where this command itself is killed.
 """
 
 import argparse
@@ -13,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmkd.cli import processes
 from llmkd.cli.options import STAGES, Answer, config_flags
-from llmkd.cli.processes import abreast
+from llmkd.cli.processes import Start, abreast
 from llmkd.parser import nearest
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ def at_least_one(word: str) -> int:
 
 
 def answer(arguments: argparse.Namespace) -> Answer:
+    from llmkd.cli import forks
     from llmkd.config import load
 
     overrides = [word for word in arguments.words if "=" in word]
@@ -74,22 +77,36 @@ def answer(arguments: argparse.Namespace) -> Answer:
     names = chosen([word for word in arguments.words if "=" not in word], config)
     own = own_flags(arguments, names)
     launch = shlex.split(arguments.launch) or [sys.executable]
+    start: Start = processes.start if arguments.launch or not forks.possible() else forks.start
     done = []
     for name in names:
-        base = [*launch, str(script(STAGES[name])), "--config", arguments.config, *overrides]
         print(f"{STAGES[name]}:", flush=True)
         started = time.monotonic()
+        if start is forks.start and not forks.ready(needed(config, name, own)):
+            start = processes.start
+        before = [] if start is forks.start else launch
+        base = [*before, str(script(STAGES[name])), "--config", arguments.config, *overrides]
         mine = {f"--{flag}": own[flag] for flag in OWN.get(name, ()) if flag in own}
         split = narrowed(parts(config, name), mine) if arguments.jobs > 1 else []
         commands = [[*base, *words] for words in split]
-        code = abreast(commands, arguments.jobs, arguments.json)
-        code = code or abreast([[*base, *flat(mine)]], 1, arguments.json)
+        code = abreast(commands, arguments.jobs, arguments.json, start)
+        code = code or abreast([[*base, *flat(mine)]], 1, arguments.json, start)
         done.append({"stage": STAGES[name], "seconds": round(time.monotonic() - started, 2), "code": code})
         if code:
             break
     figures = f"; figures: llmkd report {shlex.quote(config.run)}" if "evaluate" in names else ""
     text = "" if code else f"{config.run}: {', '.join(names)} done{figures}"
     return Answer({"run": config.run, "stages": done}, text, code)
+
+
+def needed(config: "Config", name: str, own: Mapping[str, Sequence[str]]) -> Sequence[str]:
+    """The modules that a stage works with, to be imported before it is forked; none where nothing is due."""
+    from llmkd import libraries
+    from llmkd.cli.states import due
+
+    if "artifact" not in own and not due(config, STAGES[name]):
+        return ()
+    return libraries.ROWS if name == "prepare" else libraries.ALL
 
 
 def chosen(asked: Sequence[str], config: "Config") -> list[str]:

@@ -5,6 +5,7 @@ import json
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,18 @@ def everything(config: Config) -> Iterator[tuple[str, Make]]:
         yield QUANTIZE, partial(units.quantized, config)
     if config.task.test is not None:
         yield EVALUATE, partial(units.evaluated, config)
+
+
+def due(config: Config, stage: str) -> bool:
+    """Whether a unit of a stage is to be made now. What it lacks, or is damaged, the stage itself tells."""
+    for name, make in everything(config):
+        directory = Path(config.run) / name
+        if name.split("/")[0] == stage:
+            with suppress(LlmkdError):
+                mark = make().mark
+                if not (directory / run.MANIFEST).is_file() or run.manifest(directory)["fingerprint"] != mark:
+                    return True
+    return False
 
 
 def state(directory: Path, make: Make, before: Mapping[str, str]) -> dict[str, Any]:

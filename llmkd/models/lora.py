@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,10 @@ def add_lora(
     adapter in float32 whatever the base is held in.
     """
     from peft import LoraConfig, TaskType, get_peft_model
+    from peft.tuners.lora import awq, gptq
 
+    # peft imports gptqmodel to ask whether a layer is its own: half a second, and until someone has, none is
+    awq.is_gptqmodel_available = gptq.is_gptqmodel_available = lambda: "gptqmodel" in sys.modules
     heads = [] if causal else head_modules(model)
     config = LoraConfig(
         r=r,
