@@ -7,13 +7,14 @@ step, and the order of the steps, stays random.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmkd.dealing import deal
 from llmkd.errors import DataError
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class Examples:
     classifier, its target tokens for a language model); labels (N,) int64, -1 = none;
     teacher_logits (N, T, C) float32 or None; inputs: row numbers -> the model's keyword arguments;
     beside: the same for further models that see the batch (an online teacher, a peer), by name;
-    augment: changes a training batch's inputs, never those of inference.
+    augment: changes a training batch's inputs, never those of inference;
+    copies: of an inference batch's inputs, over which its logits are averaged.
     """
 
     ids: Sequence[str]
@@ -45,6 +47,7 @@ class Examples:
     teacher_logits: NDArray[np.float32] | None = None
     beside: Mapping[str, Callable[[Rows], dict[str, Tensor]]] = field(default_factory=dict)
     augment: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    copies: Callable[[dict[str, Tensor]], Iterable[dict[str, Tensor]]] | None = None
 
     def with_teachers(self, logits: NDArray[np.float32]) -> Examples:
         return replace(self, teacher_logits=logits)
@@ -148,27 +151,6 @@ def _fill_steps(pieces: Sequence[Rows], step_rows: int) -> list[list[Rows]]:
             steps[-1].append(piece[:room])
             piece, room = piece[room:], room - len(steps[-1][-1])
     return steps
-
-
-def deal(step: Sequence[Rows], lengths: NDArray[np.int64], ranks: int) -> list[list[tuple[Rows, int]]]:
-    """A step's micro-batches dealt to ranks: equally many each, as collectives must match.
-
-    Returns for each rank its (rows, real rows) pairs. The costliest micro-batches are halved until the
-    count divides; when there are fewer rows than ranks, a filler of no weight stands in.
-    """
-    pieces = [(piece, len(piece)) for piece in step]
-    while len(pieces) % ranks:
-        pieces.sort(key=lambda piece: -len(piece[0]) * int(lengths[piece[0]].max()))
-        widest = next((i for i, (rows, _) in enumerate(pieces) if len(rows) > 1), None)
-        if widest is None:
-            pieces.append((pieces[-1][0][:1], 0))
-            continue
-        rows, _ = pieces.pop(widest)
-        half = len(rows) // 2
-        pieces += [(rows[:half], half), (rows[half:], len(rows) - half)]
-    if ranks > 1:  # dealt like cards from the costliest on, so that ranks work equally long
-        pieces.sort(key=lambda piece: -len(piece[0]) * int(lengths[piece[0]].max()))
-    return [pieces[rank::ranks] for rank in range(ranks)]
 
 
 def padding_share(batches: Sequence[Rows], lengths: NDArray[np.int64]) -> float:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from llmkd.errors import CacheError
 
+Ids = Sequence[str] | NDArray[np.object_]
+
 
 def write(
     path: Path,
@@ -26,7 +28,7 @@ def write(
     """One file with the logits of every view: {view: (ids (N,), logits (N, C))}. Atomic."""
     tables = []
     for view, (ids, logits) in views.items():
-        _check(path, view, list(ids), logits, len(labels), "nothing was written")
+        _check(path, view, ids, logits, len(labels), "nothing was written")
         values = pa.array(np.ascontiguousarray(logits, dtype=np.float32).reshape(-1))
         tables.append(
             pa.table(
@@ -44,9 +46,7 @@ def write(
     os.replace(beside, path)
 
 
-def _check(
-    path: Path, view: str, ids: list[str], logits: NDArray[np.float32], classes: int, remedy: str
-) -> None:
+def _check(path: Path, view: str, ids: Ids, logits: NDArray[np.float32], classes: int, remedy: str) -> None:
     if logits.shape != (len(ids), classes):
         expected = (len(ids), classes)
         raise CacheError(f"{path}: {view} logits are {logits.shape}, expected {expected}; {remedy}")
@@ -69,7 +69,7 @@ def _check_types(schema: pa.Schema) -> None:
 def read(
     path: Path,
     view: str,
-    ids: Sequence[str] | NDArray[np.object_],
+    ids: Ids,
     *,
     labels: Sequence[str],
     remedy: str = "run stage 02 anew",
@@ -93,19 +93,20 @@ def read(
     if names != list(labels):
         raise CacheError(f"{path}: labels {names}, but this run's are {list(labels)}; {remedy}")
     table = table.filter(pc.equal(table["view"], view))
-    where = {id: i for i, id in enumerate(table["id"].to_pylist())}
-    if len(where) != len(table):
+    if pc.count_distinct(table["id"], mode="all").as_py() != len(table):
         raise CacheError(f"{path}: {view} has an id twice; {remedy}")
-    missing = [id for id in ids if id not in where]
-    if missing:
+    asked = pa.array(ids, pa.string())
+    at = pc.index_in(asked, value_set=table["id"])  # of each asked row, null where there is none
+    if at.null_count:
+        first = asked.filter(at.is_null())[0].as_py()
         raise CacheError(
-            f"{path}: no {view} logits for {len(missing)} of {len(ids)} rows, first {missing[0]!r}; {remedy}"
+            f"{path}: no {view} logits for {at.null_count} of {len(ids)} rows, first {first!r}; {remedy}"
         )
-    if len(where) > len(ids):
-        raise CacheError(f"{path}: {view} has {len(where) - len(ids)} rows that are not this run's; {remedy}")
+    if len(table) > len(ids):
+        raise CacheError(f"{path}: {view} has {len(table) - len(ids)} rows that are not this run's; {remedy}")
     flat = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     if len(flat) != len(table) * len(labels):
         raise CacheError(f"{path}: {view} rows do not hold {len(labels)} logits each; {remedy}")
-    logits = flat.reshape(len(table), len(labels))[[where[id] for id in ids]]
-    _check(path, view, list(ids), logits, len(labels), remedy)
+    logits = flat.reshape(len(table), len(labels))[at.to_numpy()]
+    _check(path, view, ids, logits, len(labels), remedy)
     return np.ascontiguousarray(logits, dtype=np.float32)

@@ -13,12 +13,12 @@ from llmkd.batches import (
     Rows,
     Steps,
     cut,
-    deal,
     epoch_steps,
     padding_share,
     sorted_batches,
     token_examples,
 )
+from llmkd.dealing import deal
 from llmkd.errors import DataError
 from llmkd.objective import Objective
 
@@ -131,6 +131,25 @@ def test_padding_is_at_most_two_percent(ranks: int) -> None:
     computed = [rows for step in steps for mine in deal(step, lengths, ranks) for rows, _ in mine]
     assert padding_share(computed, lengths) <= 0.02
     assert padding_share(sorted_batches(np.arange(8000), lengths, 4096), lengths) <= 0.02
+
+
+@pytest.mark.parametrize(("ranks", "share"), [(2, 0.96), (4, 0.93), (8, 0.88)])
+def test_ranks_have_nearly_the_same_work(ranks: int, share: float) -> None:
+    lengths = long_tailed(8000)
+    shares, micros = [], []
+    for step in epoch_steps(np.arange(8000), lengths, 64, 4096, 0, 0):
+        dealt = deal(step, lengths, ranks)
+        loads = [sum(len(rows) * lengths[rows].max() for rows, _ in mine) for mine in dealt]
+        shares.append(np.mean(loads) / max(loads))
+        micros.append(len(dealt[0]) * ranks / len(step))
+    assert np.mean(shares) > share
+    assert np.mean(micros) < 3, "small micro-batches are slow"
+
+
+def test_a_row_that_outweighs_all_others_halves_no_micro_batch_for_nothing() -> None:
+    lengths = np.array([5, 5, 5, 5, 5000])
+    dealt = deal([np.arange(4), np.array([4])], lengths, 2)
+    assert [[rows.tolist() for rows, _ in mine] for mine in dealt] == [[[4]], [[0, 1, 2, 3]]]
 
 
 def test_padding_share_by_hand() -> None:

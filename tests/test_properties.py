@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, TaskType, get_peft_model
 from scipy.special import softmax
 
-from llmkd import batches, capture, crossfit, folds, logits, rows
+from llmkd import batches, capture, crossfit, dealing, folds, logits, rows
 from llmkd.errors import CacheError, DataError
 from llmkd.merge import merge_folds
 from llmkd.tasks.template import encoder
@@ -185,7 +185,7 @@ def test_an_epoch_holds_every_row_once_within_the_budget_on_any_number_of_ranks(
     for step in steps:
         for piece in step:
             assert len(piece) == 1 or len(piece) * lengths[piece].max() <= budget
-        dealt = batches.deal(step, lengths, ranks)
+        dealt = dealing.deal(step, lengths, ranks)
         assert len({len(mine) for mine in dealt}) == 1, "collectives must match"
         real = [rows[:count] for mine in dealt for rows, count in mine]
         each_once(real, np.concatenate(step) if step else [])
