@@ -8,27 +8,25 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from llmkd import schema
 from llmkd.config import json_schema
 from llmkd.losses import LOSSES
+from llmkd.schema import Config, Evaluate, Folds, Merge, Quantize
+from llmkd.schema_distill import Distill, FeaturePair, Phase, TokenCache
+from llmkd.schema_models import External, Init, Lightgbm, Llm, Model, Student, TrainTokenizer
+from llmkd.schema_task import Features, Image, Task, Transfer
+from llmkd.schema_training import Lora, Pretrain, Training
 
 SCHEMA, PAGE = "config.schema.json", "config.md"
 SECTIONS: dict[str, list[type[BaseModel]]] = {
-    "": [schema.Config],
-    "task": [schema.Task, schema.Transfer, schema.Features, schema.Image],
-    "folds": [schema.Folds],
-    "teachers, student, students, peers": [
-        schema.Model,
-        schema.Init,
-        schema.TrainTokenizer,
-        schema.Lora,
-        schema.Student,
-    ],
-    "teachers of other kinds": [schema.Lightgbm, schema.External],
-    "how anything is trained": [schema.Training],
-    "pretrain": [schema.Pretrain],
-    "distill": [schema.Distill, schema.FeaturePair, schema.Phase, schema.TokenCache],
-    "merge, quantize, evaluate": [schema.Merge, schema.Quantize, schema.Evaluate],
+    "": [Config],
+    "task": [Task, Transfer, Features, Image],
+    "folds": [Folds],
+    "teachers, student, students, peers": [Model, Init, TrainTokenizer, Lora, Student],
+    "teachers, by kind": [Llm, Lightgbm, External],
+    "how anything is trained": [Training],
+    "pretrain": [Pretrain],
+    "distill": [Distill, FeaturePair, Phase, TokenCache],
+    "merge, quantize, evaluate": [Merge, Quantize, Evaluate],
 }
 PLACES = {  # where a section's keys stand in the YAML
     "Config": "",
@@ -42,6 +40,7 @@ PLACES = {  # where a section's keys stand in the YAML
     "TrainTokenizer": "student.init.tokenizer.",
     "Lora": "student.lora.",
     "Student": "student.",
+    "Llm": "teachers.NAME.",
     "Lightgbm": "teachers.NAME.",
     "External": "teachers.NAME.",
     "Training": "teachers.NAME.",
@@ -92,9 +91,7 @@ def page() -> str:
 
 def section(whole: dict[str, Any], model: type[BaseModel]) -> str:
     """A section's sentence and its table: key, type, default, what it is for; keys of its own alone."""
-    told = (
-        whole if model is schema.Config else whole["$defs"].get(model.__name__) or model.model_json_schema()
-    )
+    told = whole if model is Config else whole["$defs"].get(model.__name__) or model.model_json_schema()
     about = (model.__doc__ or "").strip().replace("\n    ", " ")
     lines = ["| key | type | default | what it is for |", "|---|---|---|---|"]
     for key, field in told["properties"].items():

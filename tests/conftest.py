@@ -9,7 +9,7 @@ os.environ.update(TRANSFORMERS_VERBOSITY="error", CUDA_VISIBLE_DEVICES="")
 
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,22 +27,56 @@ def _environment_stays() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """All seven stages on tests/tiny.yaml, run once for all workers. Copy it before changing it."""
-    shared = tmp_path_factory.getbasetemp()
-    shared = (shared if worker_id == "master" else shared.parent) / "finished"
+def once(factory: pytest.TempPathFactory, worker: str, name: str, fill: Callable[[Path], None]) -> Path:
+    """A folder of this name, filled once for all workers."""
+    shared = factory.getbasetemp()
+    shared = (shared if worker == "master" else shared.parent) / name
     shared.mkdir(exist_ok=True)
     with (shared / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (shared / "whole").exists():
-            for name in STAGES:
-                assert tiny.stage(name, f"run={shared / 'run'}") == 0, name
+            fill(shared)
             (shared / "whole").touch()
-    return shared / "run"
+    return shared
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """All seven stages on tests/tiny.yaml, run once for all workers. Copy it before changing it."""
+
+    def fill(root: Path) -> None:
+        for name in STAGES:
+            assert tiny.stage(name, f"run={root / 'run'}") == 0, name
+
+    return once(tmp_path_factory, worker_id, "finished", fill) / "run"
 
 
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
     """The finished run in another place, free to be changed."""
     return Path(shutil.copytree(finished, tmp_path / "elsewhere" / "run"))
+
+
+@pytest.fixture(scope="session")
+def finished_lm(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A run of sequence distillation, with its texts and its lm.yaml, likewise."""
+    from tiny_lm import begin
+
+    return once(tmp_path_factory, worker_id, "finished_lm", begin)
+
+
+@pytest.fixture
+def copy_lm(finished_lm: Path, tmp_path: Path) -> Path:
+    """It in another place, over the same texts."""
+    root = Path(shutil.copytree(finished_lm, tmp_path / "copy"))
+    config = (finished_lm / "lm.yaml").read_text()
+    (root / "lm.yaml").write_text(config.replace(f"run: {finished_lm}/run", f"run: {root}/run"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def modelless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished classifier's run without a model in it, to report on. Copy it before changing it."""
+    from tiny_report import made
+
+    return made(tmp_path_factory.mktemp("modelless") / "run")

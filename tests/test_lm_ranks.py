@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import tiny
 from safetensors.numpy import load_file
-from test_lm import CONFIG, SIZES, TIED, go
 from test_ranks import command, sharded, start, wait
+from tiny_lm import CONFIG, SIZES, TIED, go
 
 from llmkd import run
 from llmkd.tasks.arena import texts

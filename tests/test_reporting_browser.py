@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_reporting import LABELS, language, made
+from tiny_report import LABELS, language, made
 
 from llmkd.reporting import looks, write_report
 
