@@ -1,7 +1,5 @@
-"""Every command in README.md and docs/ is run, or held against what would run it.
-
-A block after `<!-- run -->` is run, page by page in one directory (slow: `make docs-check`); of all others
-each command's script, flags, config, overrides and targets must be there. Links and messages are checked too.
+"""Every command in README.md and docs/ is held against what would run it: its script, flags, config,
+overrides and targets must be there. test_docs_run.py executes them. Links and messages are checked too.
 """
 
 import ast
@@ -10,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -29,9 +26,10 @@ from llmkd.stage import parse
 from llmkd.tracking import Track, record
 
 PAGES = [tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(<!-- run -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 QUOTED = re.compile(r"\*\*`(.+?)`\*\*", re.DOTALL)  # a message
 PROGRAMS = ("make", "python", "llmkd", "torchrun", "deepspeed")
+BEGINS = rf"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:{'|'.join(PROGRAMS)}) "  # a command of ours
 OTHERS = {  # programs that are not ours, and how they are called
     "pip": r"install (wandb|mlflow|tensorboard)",
     "wandb": r"login|sync .*",
@@ -51,22 +49,41 @@ STAND_INS = ("messages.yaml", "reviews.yaml", "answers.yaml", "CONFIG", "my.yaml
 ASSIGNED = re.compile(r"[A-Z][A-Z0-9_]*=")
 
 
+def scripts(text: str) -> list[str]:
+    """What a page has a shell run, in its order: its shell blocks, its `$` lines, its inline code; but for
+    what is shown to fail."""
+    found = [
+        (block.start(), script) for block in BLOCK.finditer(text) for script in of_block(*block.groups())
+    ]
+    for other in (BLOCK, QUOTED):
+        text = other.sub(lambda match: " " * len(match[0]), text)
+    for line in re.finditer(rf"`({BEGINS}[^`]+)`", text):
+        found.append((line.start(), " ".join(line[1].split())))
+    return [script for _, script in sorted(found, key=lambda one: one[0])]
+
+
+def of_block(language: str, block: str) -> list[str]:
+    if language in ("bash", "sh"):
+        return [block]
+    if language not in ("console", ""):
+        return []
+    lines = re.findall(r"^\$ (.*)$(?!\nerror: )", block, re.MULTILINE)
+    return (
+        lines
+        if language
+        else lines + re.findall(rf"^({BEGINS}.*)$", block.replace("\\\n", " "), re.MULTILINE)
+    )
+
+
+def failing(text: str) -> list[tuple[str, str]]:
+    """The commands that a page shows to fail, and what they are shown to say."""
+    return re.findall(r"^\$ (.*)\n((?:error: .*\n)+)", text, re.MULTILINE)
+
+
 def commands(text: str) -> Iterator[list[str]]:
-    """The commands of a page, as words: of shell blocks, of `$` lines, of inline code; but for those that are
-    shown to fail."""
-    for _, language, block in BLOCK.findall(text):
-        if language in ("bash", "sh"):
-            yield from parted(block)
-        elif language in ("console", ""):
-            lines = re.findall(r"^\$ (.*)$(?!\nerror: )", block, re.MULTILINE)
-            if not language:
-                lines += re.findall(
-                    rf"^((?:{'|'.join(PROGRAMS)}) .*)$", block.replace("\\\n", " "), re.MULTILINE
-                )
-            for line in lines:
-                yield from parted(line)
-    for line in re.findall(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`", QUOTED.sub("", BLOCK.sub("", text))):
-        yield from parted(" ".join(line.split()))
+    """The commands of a page, as words."""
+    for script in scripts(text):
+        yield from parted(script)
 
 
 def parted(block: str) -> Iterator[list[str]]:
@@ -187,8 +204,9 @@ def make_knows(words: list[str]) -> None:
 
 def script_knows(script: str, words: list[str]) -> None:
     source = (tiny.ROOT / script).read_text(encoding="utf-8")
-    if "\nfrom side import" in source:  # what the benchmarks share, their flags too
-        source += (tiny.ROOT / "benchmarks/side.py").read_text(encoding="utf-8")
+    for shared in re.findall(r"^from (\w+) import", source, re.MULTILINE):  # by the benchmarks, flags too
+        if (beside := tiny.ROOT / "benchmarks" / f"{shared}.py").exists():
+            source += beside.read_text(encoding="utf-8")
     for word in words:
         assert not word.startswith("--") or f'"{word.split("=")[0]}"' in source, f"{script} has no {word}"
 
@@ -253,7 +271,7 @@ def test_the_reference_s_plan_is_what_the_page_s_own_words_print(
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_shell_block_is_one_that_bash_reads(page: Path) -> None:
-    for _, language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+    for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
         if language in ("bash", "sh"):
             found = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
             assert (found.returncode, found.stderr) == (0, ""), block
@@ -273,7 +291,7 @@ def test_the_slurm_scripts_run_on_stand_ins(tmp_path: Path) -> None:
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     text = (tiny.ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
-    scripts = [block for _, _, block in BLOCK.findall(text) if "#SBATCH" in block]
+    scripts = [block for _, block in BLOCK.findall(text) if "#SBATCH" in block]
     environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3"}
     environment |= {"SLURM_JOB_NODELIST": "node[7-8]"}
     called = []
@@ -316,31 +334,3 @@ def test_tensorboard_shows_what_a_run_left(tmp_path: Path) -> None:
     finally:
         server.terminate()
         server.wait()
-
-
-RUN = [page for page in PAGES if "<!-- run -->" in page.read_text(encoding="utf-8")]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
-def test_a_page_runs(page: Path, tmp_path: Path) -> None:
-    """All its marked blocks in one shell, in a directory that looks like a checkout."""
-    for name in ("stages", "configs", "tests", "benchmarks", "docs"):
-        (tmp_path / name).symlink_to(tiny.ROOT / name)
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "llmkd").write_text(f'#!/bin/sh\nexec {sys.executable} -m llmkd.cli "$@"\n')
-    (programs / "llmkd").chmod(0o755)
-    blocks = [block for marked, language, block in BLOCK.findall(page.read_text(encoding="utf-8")) if marked]
-    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-    shell = shutil.which("bash")
-    assert shell
-    done = subprocess.run(
-        [shell, "-euo", "pipefail", "-c", "\n".join(blocks)],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path, "PYTHONPATH": str(tiny.ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
