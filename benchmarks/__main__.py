@@ -1,9 +1,11 @@
 """All side-by-side measurements, one after the other, and one table of them: make bench.
 
-    python benchmarks [--quick] [--prefs prefs.parquet] [--imdb imdb.parquet]
+    python benchmarks [--quick | --short] [--threads 4] [--prefs prefs.parquet] [--imdb imdb.parquet]
         [--environments DIRECTORY]
 
-Without files, rows of made-up lengths stand for real ones. Nothing else should run on the machine.
+Without files, rows of made-up lengths stand for real ones. Nothing else should run on the machine. With N
+threads a training of ours is N ranks of one thread; one thread of both sides is measured too. --short:
+fewer rounds and rows, models and lengths as ever; some 25 minutes on 4 quiet cores.
 """
 
 from __future__ import annotations
@@ -20,17 +22,33 @@ from side import HEAD, Row, machine, parser
 
 HERE = Path(__file__).parent
 VOCABULARIES = [["--vocab", "32000"], ["--vocab", "128000"], ["--vocab", "256000"]]
+FEW_EPOCHS = ["pretrain.0.epochs=0.05", "pretrain.1.epochs=0.1", "pretrain.2.epochs=0.2"]
+FEW_EPOCHS += ["teachers.llama.epochs=0.2", "teachers.qwen.epochs=0.2", "distill.epochs=0.2"]
+SHORT = {
+    "training.py": ["--steps", "2"],
+    "teacher_logits.py": ["--count", "60"],
+    "inference.py": ["--count", "60"],
+    "quantization.py": ["--calibration", "32"],
+    "overhead.py": ["--set", *FEW_EPOCHS],
+    "txtai_peer.py": ["--count", "64"],
+}  # and one round of each
 
 
 def main() -> None:
     found = parser(__doc__)
     found.add_argument("--prefs", type=Path)
     found.add_argument("--imdb", type=Path)
+    found.add_argument("--short", action="store_true", help="one round, fewer rows")
     add_flag(found)
     asked = found.parse_args()
     data = [["--data", str(path.resolve())] for path in (asked.prefs, asked.imdb) if path] or [[]]
-    jobs = [("training.py", one) for one in data]
-    jobs += [(name, data[0]) for name in ("roof.py", "teacher_logits.py", "inference.py")]
+    ranks, one_thread = ["--ranks", str(asked.threads)], ["--threads", "1"]
+    jobs = [("training.py", [*one, *ranks]) for one in data]
+    jobs.append(("roof.py", [*data[0], *ranks]))
+    if asked.threads > 1:
+        jobs.append(("training.py", [*data[0], *one_thread, "--peers", "plain2"]))
+        jobs.append(("roof.py", [*data[0], *one_thread]))
+    jobs += [(name, data[0]) for name in ("teacher_logits.py", "inference.py")]
     jobs += [(name, []) for name in ("quantization.py", "growth.py", "growth_ranks.py", "overhead.py")]
     jobs += [("sequence_loss.py", one) for one in ([[]] if asked.quick else VOCABULARIES)]
     peers = ["--environments", str(asked.environments.resolve())] if asked.environments else []
@@ -44,7 +62,8 @@ def main() -> None:
         rows.touch()
         for name, more in jobs:
             print(f"\n{name} {' '.join(more)}", flush=True)
-            command = [sys.executable, str(HERE / name), *more, *shared, "--rows", str(rows)]
+            fewer = ["--rounds", "1", *SHORT.get(name, [])] if asked.short else []
+            command = [sys.executable, str(HERE / name), *shared, "--rows", str(rows), *fewer, *more]
             if subprocess.run(command, env=environment).returncode:
                 failed.append(name)
         measured = [json.loads(line) for line in rows.read_text().splitlines()]

@@ -1,8 +1,9 @@
 """How a teacher's capture grows with ranks: its logits on all rows, its cache, the join to the rows.
 
-    python benchmarks/growth_ranks.py [--count 2000] [--rounds 3]
+    python benchmarks/growth_ranks.py [--count 2000] [--joined 200000] [--rounds 3]
 
-1, 2 and 4 processes with gloo between them, as torchrun starts them, a small classifier whole on each. A
+1, 2 and 4 processes of one thread with gloo between them, as torchrun starts them, a small classifier whole
+on each. The join, which each rank does by itself, is of --joined rows, so that it takes long enough. A
 ratio is what the slowest rank took, or the largest held, over what one rank alone did: 1 is no growth. Each
 id must be written once whatever the ranks. With --clock cpu a rank's own seconds: on fewer cores than ranks
 the wall's would grow. Memory is each process's peak over its imports (VmHWM, Linux).
@@ -13,9 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,18 +22,21 @@ import numpy as np
 import torch
 from side import Row, clock, compare, in_turn, middle, parser, peak, ratios, reset_peak
 from student import LABELS, TOY, classifier, examples, token_rows
+from together import together
 
 PLACE = "LLMKD_BENCHMARK_CACHE"
 MANY = (1, 2, 4)
+JOINS = 10  # their mean counts: one may meet Python's search for garbage, another not
 STEPS = {"capture": "s", "join": "s", "mb": "MB"}
 
 
 def main() -> None:
     found = parser(__doc__)
     found.add_argument("--count", type=int, default=2000, help="rows")
+    found.add_argument("--joined", type=int, default=200_000, help="rows")
     asked = found.parse_args()
     if asked.quick:
-        asked.count, asked.rounds = 40, 1
+        asked.count, asked.joined, asked.rounds = 40, 400, 1
     torch.set_num_threads(asked.threads)
     if asked.way:
         return print(json.dumps(rank(asked, Path(os.environ[PLACE]))))
@@ -59,26 +60,8 @@ def started(many: int) -> dict[str, Any]:
     """What the slowest of `many` ranks took, and the ids in the cache they left."""
     import pyarrow.parquet as pq
 
-    with socket.socket() as free, tempfile.TemporaryDirectory() as place:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        around = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(many), PLACE: place}
-        command = [sys.executable, *sys.argv, "--way", "rank"]
-        jobs = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **around, "RANK": str(number), "LOCAL_RANK": str(number)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for number in range(many)
-        ]
-        said = [job.communicate() for job in jobs]
-        if any(job.returncode for job in jobs):
-            sys.exit(f"{many} ranks failed:\n{said[0][1][-3000:]}")
-        found = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    with tempfile.TemporaryDirectory() as place:
+        found = together("rank", many, {PLACE: place})
         ids = pq.read_table(Path(place) / "logits.parquet")["id"].to_pylist()
         assert len(set(ids)) == len(ids), "an id was written twice"
     return {**{step: max(one[step] for one in found) for step in STEPS}, "ids": float(len(ids))}
@@ -101,11 +84,17 @@ def rank(asked: argparse.Namespace, place: Path) -> dict[str, float]:
         cached = {"in_sample": (list(data.ids), found)}
         logits.write(place / "logits.parquet", cached, teacher="one", labels=LABELS)
     captured = clock(asked) - began
+    ids = [f"row{number}" for number in range(asked.joined)]
+    if ranks.is_main():
+        said = np.random.default_rng(0).normal(0, 1, (asked.joined, len(LABELS))).astype(np.float32)
+        (place / "many").mkdir()
+        logits.write(place / "many/logits.parquet", {"in_sample": (ids, said)}, teacher="one", labels=LABELS)
+    table = pa.table({"id": ids, "part": ["train"] * asked.joined, "fold": [-1] * asked.joined})
     ranks.barrier()
-    table = pa.table({"id": data.ids, "part": ["train"] * asked.count, "fold": [-1] * asked.count})
-    began, where = clock(asked), {"one": lambda _: place}
-    crossfit.teacher_logits(table, where, 0, count=1, view="in_sample", labels=LABELS)
-    joined = clock(asked) - began
+    began, where = clock(asked), {"one": lambda _: place / "many"}
+    for _ in range(JOINS):
+        crossfit.teacher_logits(table, where, 0, count=1, view="in_sample", labels=LABELS)
+    joined = (clock(asked) - began) / JOINS
     ranks.stop()
     return {"capture": captured, "join": joined, "mb": peak() - before}
 

@@ -64,6 +64,10 @@ def cases() -> dict[str, dict[str, Any]]:
     found["llama full fp32, next tokens"] = case("llama", causal=True, sizes=big)
     found["llama full bf16, next tokens"] = case("llama", causal=True, sizes=big, precision="bf16")
     found["llama LoRA bf16, next tokens"] = case("llama", causal=True, sizes=big, precision="bf16", lora=True)
+    for architecture, precision in (("llama", "fp32"), ("gemma2", "bf16")):
+        for method in ("self_distillation", "feature"):
+            name = f"{architecture} LoRA {precision}, {method}"
+            found[name] = case(architecture, lora=True, precision=precision, method=method)
     found["llama LoRA nf4"] = case("llama", lora=True, precision="bf16", load_in="nf4")
     found["llama LoRA nf4 checkpointed"] = case(
         "llama", lora=True, precision="bf16", load_in="nf4", checkpointing=True
@@ -81,6 +85,7 @@ def case(
     rows: int = ROWS,
     length: int = LENGTH,
     micros: int = 2,
+    method: str = "cached",
     causal: bool = False,
     load_in: str | None = None,
     sizes: dict[str, Any] | None = None,
@@ -96,6 +101,7 @@ def case(
         "rows": rows,
         "length": length,
         "micros": micros,
+        "method": "next_token" if causal else method,
         "causal": causal,
     }
 
@@ -111,11 +117,14 @@ def planned(asked: dict[str, Any]) -> float:
         asked["precision"],
         None if asked["causal"] else 3,
         asked["checkpointing"],
+        states=asked["method"] in ("self_distillation", "feature"),
         device="cpu",
     )
-    micro = (asked["rows"], asked["length"])
-    found = memory.training(from_config(asked["config"]), way, [micro], asked["micros"] > 1)
-    return found["peak"]
+    shape, micro = from_config(asked["config"]), (asked["rows"], asked["length"])
+    teacher = 0.0  # of its own kind, as `llmkd.planning.stages.company` counts it
+    if asked["method"] == "feature":
+        teacher = memory.held(shape, way) + 4.0 * bool(way.lora) * memory.trained(shape, way)
+    return memory.training(shape, way, [micro], asked["micros"] > 1, beside=teacher)["peak"]
 
 
 def measured(asked: dict[str, Any]) -> float:
@@ -123,21 +132,16 @@ def measured(asked: dict[str, Any]) -> float:
     import numpy as np
     from torch.profiler import ProfilerActivity, profile
 
-    from llmkd.methods.cached import Cached
-    from llmkd.methods.next_token import NextToken
-    from llmkd.objective import HARD
     from llmkd.train import arguments, fit
 
     count = 2 * asked["micros"] * asked["rows"]
     rows = random_rows(count, asked["length"], asked["config"]["vocab_size"])
     with tempfile.TemporaryDirectory() as directory:
-        model = loaded(asked, saved(asked, Path(directory)))
+        method = learning(asked, saved(asked, Path(directory)))
         gc.collect()  # what an earlier case left behind must not be freed within this one
-        weights = tensors(model)
+        weights = tensors(method)
         training = arguments(Path(directory), epochs=1, learning_rate=1e-4)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-            kind = asked["precision"]
-            method = NextToken(model, kind) if asked["causal"] else Cached(model, HARD, kind)
             fit(
                 method,
                 rows,
@@ -172,6 +176,23 @@ def saved(asked: dict[str, Any], directory: Path) -> str:
     auto = AutoModelForCausalLM if asked["causal"] else AutoModelForSequenceClassification
     auto.from_config(config).save_pretrained(directory / "model")
     return str(directory / "model")
+
+
+def learning(asked: dict[str, Any], source: str) -> Any:
+    """What the student learns by: exits at three depths, or the states of a teacher like itself."""
+    from llmkd.methods.cached import Cached
+    from llmkd.methods.feature import Feature
+    from llmkd.methods.next_token import NextToken
+    from llmkd.methods.self_distillation import SelfDistillation
+    from llmkd.objective import HARD
+
+    model, precision = loaded(asked, source), asked["precision"]
+    if asked["method"] == "self_distillation":
+        return SelfDistillation(model, HARD, [1, 2, 3], precision=precision)
+    if asked["method"] == "feature":
+        teachers = {"teacher": loaded(asked, source)}
+        return Feature(model, HARD, teachers, [("teacher", 4, 4)], precision=precision)
+    return NextToken(model, precision) if asked["causal"] else Cached(model, HARD, precision)
 
 
 def loaded(asked: dict[str, Any], source: str) -> Any:

@@ -1,6 +1,6 @@
 """How much of this machine's matrix rate a training step reaches.
 
-    python benchmarks/roof.py [--data prefs.parquet] [--rounds 3]
+    python benchmarks/roof.py [--data prefs.parquet] [--rounds 3] [--ranks 4]
 
 The step: 64 rows, two teachers' cached logits, a Gemma2 of 25M parameters with LoRA (r 64), bf16, AdamW:
 forward, backward, clip, optimizer. The rate: one product of 2048 x 2048 matrices in bf16, in turn with the
@@ -9,18 +9,23 @@ counts as lost): a frozen layer of I inputs and O outputs 2IO forward and 2IO fo
 adapter 2r(I + O) each for forward, input and weights; attention 6 products of L(L + 1)/2 pairs of tokens,
 2D each, a head. The first layer's projections of queries, keys and values need no gradient of their input.
 The last layer's keys and values are of all tokens; all else there is of the one token that the head reads.
+--ranks N: N processes of one thread share the step as the engine deals it, gradients meet once; the rate is
+that of the slowest, the product's that of N threads.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from side import Row, clock, compare, in_turn, middle, parser
+from side import Row, clock, compare, in_turn, middle, parser, parts
 from student import LORA, SIZES, TOY, classifier, examples, lengths_in_words, our_lora, token_rows
+from together import together
 
 
 def main() -> None:
@@ -28,29 +33,36 @@ def main() -> None:
     found.add_argument("--data", type=Path)
     for name, default in {"step-rows": 64, "max-tokens": 1024, "batch-tokens": 4096}.items():
         found.add_argument(f"--{name}", type=int, default=default)
+    found.add_argument("--ranks", type=int, default=1)
     asked = found.parse_args()
     if asked.quick:
         asked.step_rows, asked.max_tokens, asked.rounds = 16, 48, 1
+    if asked.ranks > 1 and not asked.way:
+        asked.threads = asked.ranks
     torch.set_num_threads(asked.threads)
+    if asked.way:
+        return print(json.dumps(rank(asked)))
     compare(asked, lambda: measure(asked))
 
 
 def measure(asked: argparse.Namespace) -> list[Row]:
-    from llmkd.batches import epoch_steps
-
     sizes = TOY if asked.quick else SIZES
-    data = examples(token_rows(asked.data, asked.max_tokens, sizes["vocab_size"], 2048))
-    step = epoch_steps(np.arange(len(data.ids)), data.lengths, asked.step_rows, asked.batch_tokens, 0, 0)[0]
-    rows = np.concatenate(step)
+    data, step = chosen(asked)
+    rows = np.concatenate([rows for rows, _ in step])
     print(f"the step: {lengths_in_words(data.lengths[rows])}, {len(step)} micro-batches")
     needed = operations(sizes, LORA["r"], data.lengths[rows])
-    method = student(sizes)
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=5e-5)
+    method, optimizer = student(sizes)
     square = torch.randn(256 if asked.quick else 2048, 256 if asked.quick else 2048).bfloat16()
 
     def trained() -> dict[str, float]:
+        if asked.ranks > 1:
+            each = together("rank", asked.ranks)
+            return {
+                "rate": needed / max(one["seconds"] for one in each),
+                "loss": sum(one["loss"] for one in each),
+            }
         began = clock(asked)
-        loss = train(method, optimizer, data, step)
+        loss = train(method, optimizer, data, step, asked.step_rows)
         return {"rate": needed / (clock(asked) - began), "loss": loss}
 
     def product() -> dict[str, float]:
@@ -59,37 +71,74 @@ def measure(asked: argparse.Namespace) -> list[Row]:
             square @ square
         return {"rate": 10 * 2 * len(square) ** 3 / (clock(asked) - began)}
 
-    train(method, optimizer, data, step[:1])
+    product()
+    train(method, optimizer, data, step[:1], asked.step_rows)
     found = in_turn({"step": trained, "product": product}, asked.rounds)
     shares = [a["rate"] / b["rate"] for a, b in zip(found["step"], found["product"], strict=True)]
     print(f"a step needs {needed / 1e9:.1f} G operations; where its time goes, in one micro-batch:")
-    print(profiled(method, data, step[len(step) // 2]))
+    print(profiled(method, data, step[len(step) // 2][0]))
     ours, theirs = (f"{middle(found, way, 'rate') / 1e9:.1f} GFLOP/s" for way in found)
     note = f"loss {middle(found, 'step', 'loss'):.5f}"
-    return [Row("a training step's matrix rate", "one large product", shares, ">= 0.7", ours, theirs, note)]
+    what = f"a training step's matrix rate, {parts(asked)}"
+    return [Row(what, "one large product", shares, ">= 0.7", ours, theirs, note)]
 
 
-def student(sizes: dict[str, int]) -> Any:
+def rank(asked: argparse.Namespace) -> dict[str, float]:
+    """In one rank's process: its share of the step, until all have taken it."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from llmkd import ranks
+
+    ranks.start()
+    data, step = chosen(asked)
+    method, optimizer = student(TOY if asked.quick else SIZES)
+    method = DistributedDataParallel(method)
+    train(method, optimizer, data, step[:1], asked.step_rows)
+    ranks.barrier()
+    began = clock(asked)
+    loss = train(method, optimizer, data, step, asked.step_rows)
+    seconds = clock(asked) - began
+    ranks.stop()
+    return {"seconds": seconds, "loss": loss}
+
+
+def chosen(asked: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """The data and this rank's (rows, real rows) pairs of an epoch's first step."""
+    from llmkd import ranks
+    from llmkd.batches import epoch_steps
+    from llmkd.dealing import deal
+
+    sizes = TOY if asked.quick else SIZES
+    data = examples(token_rows(asked.data, asked.max_tokens, sizes["vocab_size"], 2048))
+    step = epoch_steps(np.arange(len(data.ids)), data.lengths, asked.step_rows, asked.batch_tokens, 0, 0)[0]
+    return data, deal(step, data.lengths, ranks.world())[ranks.rank()]
+
+
+def student(sizes: dict[str, int]) -> tuple[Any, torch.optim.Optimizer]:
     from llmkd.methods.cached import Cached
     from llmkd.objective import Objective
 
     objective = Objective({"ce": 1, "kl": 1, "cosine": 1}, ["one", "two"], [1.0, 1.0], [1.0, 1.0])
-    return Cached(our_lora(classifier(sizes, "bf16")), objective, "bf16").train()
+    method = Cached(our_lora(classifier(sizes, "bf16")), objective, "bf16").train()
+    trained = [value for value in method.parameters() if value.requires_grad]
+    return method, torch.optim.AdamW(trained, lr=0)  # every round the same loss, whatever the ranks
 
 
-def train(method: Any, optimizer: Any, data: Any, step: list[np.ndarray]) -> float:
-    """One optimizer step; its mean loss."""
-    total, count = 0.0, sum(map(len, step))
-    for rows in step:
-        total += backward(method, data, rows, 1 / count)
+def train(method: Any, optimizer: torch.optim.Optimizer, data: Any, mine: list[Any], whole: int) -> float:
+    """One optimizer step of `whole` rows, of which `mine` are here; their share of its mean loss."""
+    total, several = 0.0, hasattr(method, "no_sync")
+    for number, (rows, real) in enumerate(mine, 1):
+        apart = several and number < len(mine)  # gradients meet at the last micro-batch
+        with method.no_sync() if apart else nullcontext():
+            total += backward(method, data, rows, 1 / whole, real)
     torch.nn.utils.clip_grad_norm_(method.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     return total
 
 
-def backward(method: Any, data: Any, rows: np.ndarray, scale: float) -> float:
-    item = data.batch(rows, len(rows), scale)
+def backward(method: Any, data: Any, rows: np.ndarray, scale: float, real: int) -> float:
+    item = data.batch(rows, real, scale)
     losses, _ = method(**item["batch"])
     loss = (losses * item["weight"]).sum()
     loss.backward()
@@ -117,7 +166,7 @@ def profiled(method: Any, data: Any, rows: np.ndarray) -> str:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        backward(method, data, rows, 1.0)
+        backward(method, data, rows, 1.0, len(rows))
     most = sorted(found.key_averages(), key=lambda one: -one.self_cpu_time_total)
     whole = sum(one.self_cpu_time_total for one in most)
     lines = [f"  {one.self_cpu_time_total / whole:6.1%} {one.key} ({one.count})" for one in most[:14]]

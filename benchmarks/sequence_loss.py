@@ -14,10 +14,9 @@ import argparse
 import json
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from side import Row, alone, clock, compare, in_turn, middle, parser, peak, ratios, reset_peak
+from side import Row, alone, available, clock, compare, in_turn, middle, parser, peak, ratios, reset_peak
 
 WAYS = ("plain", "chunked")
 SIZES = {"tokens": 2048, "hidden": 512, "vocab": 256_000, "chunk": 128}
@@ -94,11 +93,6 @@ def chunked(chunk):  # type: ignore[no-untyped-def]
         return loss.mean()
 
     return loss_of
-
-
-def available() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -25,7 +25,20 @@ import numpy as np
 import sequence_peers
 import torch
 from environment import add_flag, peer, variables, versions
-from side import Found, Row, alone, clock, compare, in_turn, middle, parser, peak, ratios, reset_peak
+from side import (
+    Found,
+    Row,
+    alone,
+    available,
+    clock,
+    compare,
+    in_turn,
+    middle,
+    parser,
+    peak,
+    ratios,
+    reset_peak,
+)
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 PLACE = "LLMKD_BENCHMARK_MODELS"
@@ -179,11 +192,6 @@ def ours(asked: argparse.Namespace, directory: Path) -> float:
 
 def needed(asked: argparse.Namespace, vocab: int) -> float:
     return COPIES * 4.0 * asked.batch * asked.length * vocab
-
-
-def available() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
 
 
 if __name__ == "__main__":

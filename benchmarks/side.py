@@ -27,7 +27,7 @@ class Row:
     what: str
     against: str
     ratios: list[float]
-    goal: str  # such as ">= 3"
+    goal: str  # such as ">= 3"; "" where there is none
     ours: str
     theirs: str
     note: str = ""
@@ -35,13 +35,19 @@ class Row:
 
     @property
     def met(self) -> bool:
+        if not self.goal:
+            return True
         sign, value = self.goal.split()
         return median(self.ratios) >= float(value) if sign == ">=" else median(self.ratios) <= float(value)
+
+    @property
+    def verdict(self) -> str:
+        return f"{self.goal}: {'yes' if self.met else 'no'}" if self.goal else "none"
 
     def line(self) -> str:
         low, high = min(self.ratios), max(self.ratios)
         cells = [self.what, self.against, self.ours, self.theirs, f"{median(self.ratios):.2f}"]
-        cells += [f"{low:.2f} to {high:.2f}", f"{self.goal}: {'yes' if self.met else 'no'}", self.note]
+        cells += [f"{low:.2f} to {high:.2f}", self.verdict, self.note]
         return "| " + " | ".join(cells) + " |"
 
 
@@ -139,9 +145,21 @@ def machine(threads: int) -> str:
     return f"{os.cpu_count()} cores, {kind}, {threads} thread{'s' * (threads > 1)} a side, CPU only"
 
 
+def parts(asked: argparse.Namespace) -> str:
+    """Our side's ranks of one thread, or its threads."""
+    many, what = (asked.ranks, "rank") if asked.ranks > 1 else (asked.threads, "thread")
+    return f"{many} {what}{'s' * (many > 1)}"
+
+
 def reset_peak() -> float:
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
+
+
+def available() -> float:
+    """Bytes of memory that this machine could still give (Linux)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
 
 
 def peak() -> float:

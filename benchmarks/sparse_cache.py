@@ -1,6 +1,7 @@
-"""What a student loses to the cache's format: validation KL and CE after training on each, for two teachers.
+"""What a student loses to the cache's format: validation KL and CE after training on each, by teacher.
 
     python benchmarks/sparse_cache.py [--vocab 8000] [--steps 1200] [--seeds 3] [--ways topk sampled]
+    python benchmarks/sparse_cache.py --model DIRECTORY --data train.parquet --held validation.parquet
 
 Made-up teachers: word frequencies by Zipf's law, and a random linear map of a random context on top. The
 `peaked` one is as sure as a language model (2.5 nats of entropy at 128,256 words, 43 % on its first word),
@@ -9,6 +10,11 @@ contexts, each once, by what their cache holds of them, laid out for 128,256 wor
 against the whole teacher; CE is that on words drawn from the teacher, in expectation: the KL and the
 teacher's entropy.
 
+A real teacher (`--model`, any local causal LM with its tokenizer) reads the column `text` of `--data`; the
+students are Llamas of two layers from random weights, and read each row once. Judged on the texts of
+`--held`; CE is that on their own next tokens. `--keep DIRECTORY` saves what the teacher reads for the next
+call.
+
 How near a student comes to its teacher decides: one that is still far from it gains by whatever shows more
 words of each token (--steps 200), one that has little left to learn by what has no bias (the defaults).
 """
@@ -16,6 +22,7 @@ words of each token (--steps 200), one that has little left to learn by what has
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from statistics import mean, stdev
@@ -23,10 +30,11 @@ from statistics import mean, stdev
 import numpy as np
 import torch
 from side import Row, compare, parser
+from text_teacher import Lesson, of_text, options
 from torch import Tensor, nn
 
 from llmkd.layout import Layout
-from llmkd.losses import kl
+from llmkd.losses import ce, kl
 from llmkd.packing import pack, unpack
 from llmkd.sparse import choose, sparse_kl
 
@@ -52,7 +60,10 @@ def main() -> None:
     found.add_argument("--first", type=int, default=1, help="the first seed")
     found.add_argument("--teachers", nargs="+", choices=TEACHERS, default=[*TEACHERS])
     found.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
+    options(found)
     asked = found.parse_args()
+    if asked.model and not (asked.data and asked.held):
+        found.error("--model reads texts; give --data and --held")
     for name, size in (TOY if asked.quick else SIZES).items():
         setattr(asked, name, getattr(asked, name) or size)
     torch.set_num_threads(asked.threads)
@@ -61,15 +72,22 @@ def main() -> None:
 
 def measured(asked: argparse.Namespace) -> list[Row]:
     seeds = range(asked.first, asked.first + (asked.seeds or asked.rounds))
-    print(f"{asked.vocab} words, {asked.steps} steps of {BATCH} tokens, seeds {seeds[0]} to {seeds[-1]}")
-    print(f"a context of {asked.context} numbers, students of {asked.hidden} hidden units", flush=True)
     rows = []
-    for teacher in asked.teachers:
-        found = [trained(asked, TEACHERS[teacher], seed) for seed in seeds]
-        report(asked, teacher, found)
+    for name, lesson in lessons(asked).items():
+        found = [trained(asked, lesson(seed), seed) for seed in seeds]
+        report(asked, name, found)
         if {"sampled", "topk"} <= {*asked.ways}:
-            rows.append(row(teacher, [(one["sampled"][0], one["topk"][0]) for one in found]))
+            rows.append(row(name, [(one["sampled"][0], one["topk"][0]) for one in found]))
     return rows
+
+
+def lessons(asked: argparse.Namespace) -> dict[str, Callable[[int], Lesson]]:
+    """By the teacher's name: what it teaches at a seed."""
+    if asked.model:
+        return {asked.model.name: of_text(asked)}
+    print(f"{asked.vocab} words, {asked.steps} steps of {BATCH} tokens")
+    print(f"a context of {asked.context} numbers, students of {asked.hidden} hidden units", flush=True)
+    return {name: partial(made_up, asked, TEACHERS[name]) for name in asked.teachers}
 
 
 def row(teacher: str, kls: list[tuple[float, float]]) -> Row:
@@ -101,8 +119,7 @@ def middle(values: list[float]) -> tuple[float, float]:
     return mean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
-def trained(asked: argparse.Namespace, spread: float, seed: int) -> dict[str, Score]:
-    """Validation KL and CE of one student a way."""
+def made_up(asked: argparse.Namespace, spread: float, seed: int) -> Lesson:
     vocab = asked.vocab
     torch.manual_seed(seed)
     zipf = -torch.arange(1, vocab + 1).log()[torch.randperm(vocab)]  # (V,)
@@ -110,27 +127,35 @@ def trained(asked: argparse.Namespace, spread: float, seed: int) -> dict[str, Sc
     start = nn.Sequential(nn.Linear(asked.context, asked.hidden), nn.GELU(), nn.Linear(asked.hidden, vocab))
     with torch.no_grad():
         start[2].weight.mul_(0.1)
-    learners = {way: Learner(start, WAYS[way][1], asked.steps, seed) for way in asked.ways}
-    fresh = torch.randn(512, asked.context)
-    for _ in range(asked.steps):
-        context = torch.randn(BATCH, asked.context)
-        wanted = context @ table.T + zipf  # (n, V)
+
+    def said(context: Tensor) -> tuple[Tensor, Tensor]:
+        return context, context @ table.T + zipf
+
+    fresh = torch.randn(512, asked.context).split(BATCH)
+    steps = (said(torch.randn(BATCH, asked.context)) for _ in range(asked.steps))
+    return Lesson(start, 0.02, asked.steps, steps, map(said, fresh))
+
+
+def trained(asked: argparse.Namespace, lesson: Lesson, seed: int) -> dict[str, Score]:
+    """Validation KL and CE of one student a way."""
+    learners = {way: Learner(lesson, WAYS[way][1], seed) for way in asked.ways}
+    for context, wanted in lesson.steps:
         for learner in learners.values():
             learner.learn(context, wanted)
-    return {way: judged(learner.student, fresh, table, zipf) for way, learner in learners.items()}
+    return judged({way: learner.student for way, learner in learners.items()}, lesson)
 
 
 class Learner:
     """A copy of the student, its optimizer, and the cache that it learns from; None: the teacher itself."""
 
-    def __init__(self, start: nn.Module, layout: Layout | None, steps: int, seed: int) -> None:
-        self.student, self.layout = deepcopy(start), layout
-        self.optimizer = torch.optim.Adam(self.student.parameters(), lr=0.02, fused=True)
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+    def __init__(self, lesson: Lesson, layout: Layout | None, seed: int) -> None:
+        self.student, self.layout = deepcopy(lesson.start), layout
+        self.optimizer = torch.optim.Adam(self.student.parameters(), lr=lesson.rate, fused=True)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, lesson.count)
         self.random, self.fair = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
 
     def learn(self, context: Tensor, wanted: Tensor) -> None:
-        """One step; context (n, H), the teacher's logits (n, V)."""
+        """One step; contexts, and the teacher's logits of them (n, V)."""
         said = self.student(context)  # (n, V)
         if self.layout is None:
             loss = kl(said, wanted)
@@ -143,16 +168,24 @@ class Learner:
         self.schedule.step()
 
 
-def judged(student: nn.Module, fresh: Tensor, table: Tensor, zipf: Tensor) -> Score:
-    apart, entropy = [], []
+def judged(students: dict[str, nn.Module], lesson: Lesson) -> dict[str, Score]:
+    found: dict[str, list[Tensor]] = {way: [] for way in students}  # (2, n): each token's KL and CE
+    seen = 0
     with torch.no_grad():
-        for part in fresh.split(BATCH):
-            wanted = part @ table.T + zipf  # (n, V)
-            apart.append(kl(student(part), wanted))
-            log_p = wanted.log_softmax(-1)
-            entropy.append(-(log_p.exp() * log_p).sum(-1))
-    found = float(torch.cat(apart).mean())
-    return found, found + float(torch.cat(entropy).mean())
+        for context, wanted in lesson.fresh:
+            part = slice(seen, seen := seen + len(wanted))
+            for way, student in students.items():
+                said = student(context)  # (n, V)
+                soft = kl(said, wanted)
+                hard = soft + entropy(wanted) if lesson.words is None else ce(said, lesson.words[part])
+                found[way].append(torch.stack([soft, hard]))
+    middles = {way: torch.cat(parts, 1).mean(1).tolist() for way, parts in found.items()}
+    return {way: (soft, hard) for way, (soft, hard) in middles.items()}
+
+
+def entropy(logits: Tensor) -> Tensor:
+    log_p = logits.log_softmax(-1)  # (n, V)
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,16 @@ def our_lora(model: Any) -> nn.Module:
     return add_lora(model, **LORA)
 
 
+def both_models(
+    sizes: dict[str, int], precision: str
+) -> tuple[nn.Module, nn.Module, dict[str, torch.Tensor]]:
+    """A plain one, ours, and the weights that both start from."""
+    theirs, ours = (add(classifier(sizes, precision)) for add in (plain_lora, our_lora))
+    print(f"{sum(value.numel() for value in theirs.parameters()) / 1e6:.1f}M parameters, adapter included")
+    start = {name: value.detach().clone() for name, value in theirs.named_parameters() if value.requires_grad}
+    return theirs, ours, start
+
+
 def token_rows(data: Path | None, max_tokens: int, vocabulary: int, count: int) -> list[np.ndarray]:
     """Token ids, row by row: of a file's texts by a tokenizer trained on them, or made up."""
     if data is None:

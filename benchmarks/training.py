@@ -1,18 +1,22 @@
 """Distilling a classifier from two teachers' cached logits: rows a second, ours against what one would write.
 
     python benchmarks/training.py [--data prefs.parquet] [--rounds 3] [--peers plain2 plain8 trainer]
+    python benchmarks/training.py --ranks 4          # ours as 4 processes, theirs with 4 threads
 
 A Gemma2 of 25M parameters with LoRA (r 64), bf16, steps of 64 rows, (CE + 2 KL + 2 cosine) / 5, AdamW.
 Every way trains the same rows once, from the same weights. plain2, plain8: the reference recipe's loop in
 plain PyTorch and peft, random batches of 2 or 8 padded to their longest row, accumulated to a step.
 trainer: the stock Hugging Face Trainer, DataCollatorWithPadding, batches of 8, with that loss. Ours:
 llmkd.train.fit with llmkd.methods.cached, as stage 03 calls it. With --data, the file's texts in the tokens
-of a tokenizer trained on them. The rows are whole steps of an epoch over the whole file.
+of a tokenizer trained on them. The rows are whole steps of an epoch over the whole file. --ranks N: ours as
+N processes of one thread (torchrun --nproc_per_node N stages/03_distill.py), which share each step's rows,
+against the peers' one process of N threads; the seconds run from all ranks' start to the last one's end.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -22,8 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 from peers import plain, stock
-from side import Row, clock, compare, in_turn, middle, parser, ratios
-from student import SIZES, TOY, classifier, examples, lengths_in_words, our_lora, plain_lora, token_rows
+from side import Row, clock, compare, in_turn, middle, parser, parts, ratios
+from student import SIZES, TOY, both_models, examples, lengths_in_words, token_rows
+from together import together
 from torch import nn
 
 GOALS = {"plain2": ">= 3", "plain8": ">= 2", "trainer": ">= 2"}
@@ -41,45 +46,72 @@ def main() -> None:
         found.add_argument(f"--{name}", type=int, default=default)
     found.add_argument("--lr", type=float, default=5e-5)
     found.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    found.add_argument("--ranks", type=int, default=1, help="processes of one thread for ours")
     found.add_argument("--peers", nargs="*", default=list(NAMES), choices=list(NAMES))
     asked = found.parse_args()
     if asked.quick:
         asked.steps, asked.step_rows, asked.max_tokens, asked.rounds = 2, 16, 48, 1
+    if asked.way:
+        torch.set_num_threads(1)
+        return print(json.dumps(rank(asked)))
+    if asked.ranks > 1:
+        asked.threads = asked.ranks
     torch.set_num_threads(asked.threads)
     compare(asked, lambda: measure(asked))
 
 
 def measure(asked: argparse.Namespace) -> list[Row]:
-    from llmkd.batches import epoch_steps
-
-    sizes = TOY if asked.quick else SIZES
-    every = token_rows(asked.data, asked.max_tokens, sizes["vocab_size"], 200 if asked.quick else 8192)
-    lengths = np.asarray([len(row) for row in every])
-    epoch = epoch_steps(np.arange(len(every)), lengths, asked.step_rows, asked.batch_tokens, 0, 0)
-    data = examples([every[row] for step in epoch[: asked.steps] for micro in step for row in micro])
-    print(
-        f"{asked.data.parent.name if asked.data else 'made up'}: {lengths_in_words(lengths)}; "
-        f"trained on: {lengths_in_words(data.lengths)}"
-    )
-    base = classifier(sizes, asked.precision)
-    theirs, ours = plain_lora(base), our_lora(classifier(sizes, asked.precision))
-    print(f"{sum(p.numel() for p in base.parameters()) / 1e6:.1f}M parameters, adapter included")
-    start = {name: value.detach().clone() for name, value in theirs.named_parameters() if value.requires_grad}
+    data = chosen(asked)
+    theirs, ours, start = both_models(TOY if asked.quick else SIZES, asked.precision)
     ways: dict[str, Any] = {"ours": partial(timed, fit_ours, ours, start, asked=asked)}
     for peer in asked.peers:
         train, micro = (stock, 8) if peer == "trainer" else (plain, int(peer[5:]))
         ways[peer] = partial(timed, train, theirs, start, asked=asked, micro=micro)
-    few = replace(data, ids=data.ids[:8])
-    for peer in ["ours", *asked.peers]:  # every kernel and import once
-        ways[peer](few)
+    if asked.ranks > 1:  # which take the data and warm up by themselves
+        ways["ours"] = lambda _: min(together("rank", asked.ranks), key=lambda one: one["rows_a_second"])
+    for peer in ["ours"] * (asked.ranks == 1) + asked.peers:  # every kernel and import once
+        ways[peer](few(data))
     found = in_turn({name: partial(way, data) for name, way in ways.items()}, asked.rounds)
     return [row(found, peer, asked) for peer in asked.peers]
+
+
+def rank(asked: argparse.Namespace) -> dict[str, float]:
+    """In one rank's process."""
+    from llmkd import ranks
+
+    ranks.start()
+    data = chosen(asked)
+    _, ours, start = both_models(TOY if asked.quick else SIZES, asked.precision)
+    timed(fit_ours, ours, start, few(data), asked)
+    ranks.barrier()
+    found = timed(fit_ours, ours, start, data, asked)
+    ranks.stop()
+    return found
+
+
+def chosen(asked: argparse.Namespace) -> Any:
+    """The rows of the first steps of an epoch over the whole file."""
+    from llmkd.batches import epoch_steps
+
+    vocabulary = (TOY if asked.quick else SIZES)["vocab_size"]
+    every = token_rows(asked.data, asked.max_tokens, vocabulary, 200 if asked.quick else 8192)
+    lengths = np.asarray([len(row) for row in every])
+    epoch = epoch_steps(np.arange(len(every)), lengths, asked.step_rows, asked.batch_tokens, 0, 0)
+    data = examples([every[row] for step in epoch[: asked.steps] for micro in step for row in micro])
+    source = asked.data.parent.name if asked.data else "made up"
+    print(f"{source}: {lengths_in_words(lengths)}; trained on: {lengths_in_words(data.lengths)}")
+    return data
+
+
+def few(data: Any) -> Any:
+    return replace(data, ids=data.ids[:8])
 
 
 def row(found: Any, peer: str, asked: argparse.Namespace) -> Row:
     speed, theirs = middle(found, "ours", "rows_a_second"), middle(found, peer, "rows_a_second")
     losses = [middle(found, way, "loss") for way in ("ours", peer)]
     what = f"training, {asked.data.parent.name if asked.data else 'made-up'} lengths"
+    what += f", {parts(asked)}"
     return Row(
         what,
         NAMES[peer],

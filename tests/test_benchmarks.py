@@ -10,7 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import tiny
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -45,6 +47,21 @@ def test_training_sides_have_the_same_loss(load: Any, tmp_path: Path) -> None:
         ours, theirs = sides(row["note"])
         assert ours == pytest.approx(theirs, abs=2e-5)
         assert len(row["ratios"]) == 1
+
+
+@pytest.mark.slow
+def test_ranks_train_on_the_same_rows(load: Any, tmp_path: Path) -> None:
+    told = ["--precision", "fp32", "--lr", "0", "--ranks", "2", "--peers", "plain2"]
+    (row,) = measured(load, "training", tmp_path / "rows", *told)
+    ours, theirs = sides(row["note"])
+    assert ours == pytest.approx(theirs, abs=2e-5)
+    assert row["what"].endswith("2 ranks")
+
+
+@pytest.mark.slow
+def test_a_step_has_the_same_loss_whatever_the_ranks(load: Any, tmp_path: Path) -> None:
+    one, two = (measured(load, "roof", tmp_path / n, "--ranks", n)[0]["note"] for n in ("1", "2"))
+    assert float(one.split()[-1]) == pytest.approx(float(two.split()[-1]), rel=2e-2)  # bf16
 
 
 def test_teacher_logits_counts_a_quarter_of_the_forwards_and_one_load(load: Any, tmp_path: Path) -> None:
@@ -85,6 +102,37 @@ def test_a_benchmark_runs(name: str, tmp_path: Path) -> None:
         for row in rows:
             ours, theirs = sides(row["note"])
             assert ours == pytest.approx(theirs, abs=2e-2)
+
+
+@pytest.mark.slow
+def test_caches_of_a_real_teacher_are_compared_over_texts(load: Any, tmp_path: Path, capsys: Any) -> None:
+    model, tokenizer = tiny.causal_lm(vocab_size=300), tiny.tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for name, words in (("train", 400), ("held", 200)):
+        texts = [f"some words to learn {i}" for i in range(words)]
+        pd.DataFrame({"text": texts}).to_parquet(tmp_path / f"{name}.parquet")
+    paths = {"model": "model", "data": "train.parquet", "held": "held.parquet", "keep": "keep"}
+    given = [word for name, path in paths.items() for word in (f"--{name}", str(tmp_path / path))]
+    more = [
+        "--tokens",
+        "1000",
+        "--held-tokens",
+        "300",
+        "--rounds",
+        "1",
+        "--ways",
+        "online",
+        "topk",
+        "sampled",
+    ]
+    rows = measured(load, "sparse_cache", tmp_path / "rows", *given, *more)
+    said = capsys.readouterr().out
+    assert "896 tokens, 2.99 a word of 300" in said
+    assert [row["what"].split(":")[0] for row in rows] == ["a student's KL, model teacher"]
+    assert np.isfinite(rows[0]["ratios"]).all()
+    kept = sorted(path.name for path in (tmp_path / "keep").iterdir())
+    assert kept == ["model-held-300.pt", "model-train-1000.pt"]
 
 
 def test_the_loss_without_logits_is_the_plain_one(load: Any, tmp_path: Path) -> None:
@@ -129,3 +177,5 @@ def test_a_ratio_meets_its_goal_or_not(load: Any) -> None:
     assert not row("x", "y", [2.9, 2.9, 3.2], ">= 3", "", "").met
     assert row("x", "y", [0.2, 0.3], "<= 0.25", "", "").met
     assert not row("x", "y", [0.2, 0.4], "<= 0.25", "", "").met
+    assert row("x", "y", [1.2], "", "", "").met
+    assert "| none |" in row("x", "y", [1.2], "", "", "").line()
