@@ -1,8 +1,9 @@
-"""SIGTERM and Ctrl-C: a training finishes its step and saves; a second signal ends at once."""
+"""SIGTERM and Ctrl-C: a training finishes its step and saves; a second one, seconds later, ends at once."""
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -10,8 +11,12 @@ from types import FrameType
 from llmkd.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# seconds in which a second signal is the first one once more: a terminal or a scheduler asks the launcher and
+# its ranks, and torchrun's or deepspeed's launcher then asks the ranks again
+SAME = 3.0
 _deferring = False  # a signal finds a process, not an argument: these two are the process's
 _asked: int | None = None
+_since = 0.0
 
 
 @contextmanager
@@ -41,16 +46,28 @@ def deferred() -> Iterator[None]:
         _deferring = before
 
 
+def anew() -> None:
+    """In a fork: hear signals as a process does that has just begun, whatever its parent was at."""
+    global _asked, _deferring
+    _asked, _deferring = None, False
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def asked() -> int | None:
     """The signal that asked this process to stop, if one did."""
     return _asked
 
 
 def _hear(number: int, frame: FrameType | None) -> None:
-    global _asked
-    _asked = number
-    for each in SIGNALS:  # the next one ends the process at once
-        signal.signal(each, signal.SIG_DFL)
+    global _asked, _since
+    if _asked is not None:
+        if time.monotonic() - _since >= SAME:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        return
+    _asked, _since = number, time.monotonic()
     if not _deferring:
         raise Stopped(number)
     name = signal.Signals(number).name

@@ -1,6 +1,6 @@
 """models/artifact and card: reading finished models, unpacking GPTQ weights, and what is refused."""
 
-import copy
+import gc
 import json
 import os
 import shutil
@@ -39,9 +39,12 @@ IDS = torch.randint(1, 40, (4, 7), generator=torch.Generator().manual_seed(0))
 GROUP = 16
 
 
-def save_model(path: Path, auto=AutoModelForSequenceClassification, dtype=torch.float32, **save) -> Path:
+def save_model(
+    path: Path, auto=AutoModelForSequenceClassification, dtype=torch.float32, sizes=None, **save
+) -> Path:
     torch.manual_seed(0)
-    auto.from_config(copy.deepcopy(CONFIG)).to(dtype).save_pretrained(path, **save)
+    config = LlamaConfig(**{**CONFIG.to_dict(), **(sizes or {})})
+    auto.from_config(config).to(dtype).save_pretrained(path, **save)
     words = {"<pad>": 0} | {chr(97 + i): i + 1 for i in range(26)}
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(path)
@@ -129,6 +132,44 @@ def test_a_zero_point_of_zero_survives_the_v1_borrow():
     tensors |= {"scales": torch.ones(1, 4).half(), "g_idx": torch.zeros(4, dtype=torch.int32)}
     read = {f"l.{name}": lambda value=value: value for name, value in tensors.items()}
     assert unpack_layer("l", read, 8, ZERO_OFFSETS["gptq"][8])[0].tolist() == [0, -7, 0, -255]
+
+
+def resident(file: Path) -> int:
+    """Bytes of the mappings of a file that this process holds in memory."""
+    mine, found = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.partition(" ")[0].count("-") == 1:  # a mapping's own line: its addresses, and its file
+            mine = line.endswith(str(file))
+        elif mine and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells it")
+def test_the_pages_of_packed_weights_are_let_go(tmp_path):
+    """What stays mapped is what the model still reads there: the tensors that were never packed."""
+    path = save_model(tmp_path, sizes={"hidden_size": 256, "intermediate_size": 16384, "head_dim": 64})
+    tensors = load_file(path / "model.safetensors")
+    names = [name for name in tensors if "_proj.weight" in name]
+    sizes = {name: tuple(tensors.pop(name).shape) for name in names}
+    kept = sum(tensor.nbytes for tensor in tensors.values())
+    for name, (height, width) in sizes.items():
+        words, groups = torch.full((width // 4, height), 0x01020304).int(), torch.zeros(width).int()
+        parts = {"qweight": words, "qzeros": torch.zeros(1, height // 4).int(), "g_idx": groups}
+        parts |= {"scales": torch.ones(1, height).half()}
+        tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
+    file = path / "model.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})
+    edit_config(path, quantization_config={"quant_method": "gptq", "bits": 8})
+    del tensors
+    model, _ = load_artifact(path)
+    logits(model)
+    around = 2**21  # a page that is read brings neighbours along, up to a huge page of them
+    assert resident(file) <= kept + around
+    assert file.stat().st_size > 10 * (kept + around)
+    del model
+    gc.collect()
+    assert resident(file) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,5 @@
 """Text for language models: every source read, every token kept, blocks without padding, chats' targets."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import tiny
 
 from llmkd.errors import ConfigError, DataError
 from llmkd.tasks.blocks import block_examples, fold_of, packed_examples
-from llmkd.tasks.causal_lm import read_chats, read_texts, shared_vocabulary
+from llmkd.tasks.causal_lm import read_texts, shared_vocabulary
 from llmkd.tasks.chats import chat_examples
 from llmkd.tasks.text_rows import text_examples
 
@@ -209,19 +208,6 @@ def test_a_template_that_rewrites_turns_is_refused_unless_all_is_target() -> Non
 def test_a_tokenizer_without_a_template_is_refused() -> None:
     with pytest.raises(ConfigError, match="no chat template; set one"):
         chat_examples([CHAT], tiny.tokenizer(), 500)
-
-
-def test_chats_come_as_lists_or_as_json(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"messages": [CHAT, CHAT[:2]]}), path)
-    assert read_chats(str(path)) == [CHAT, CHAT[:2]]
-    pq.write_table(pa.table({"chat": [json.dumps(CHAT)]}), path)
-    assert read_chats(str(path), "chat") == [CHAT]
-    with pytest.raises(DataError, match=r"no column 'messages' among \['chat'\]"):
-        read_chats(str(path))
-    pq.write_table(pa.table({"messages": ["hello"]}), path)
-    with pytest.raises(DataError, match="row 0 of 'messages' is no list of role and content"):
-        read_chats(str(path))
 
 
 def test_a_vocabulary_is_shared_word_by_word() -> None:

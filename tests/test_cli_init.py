@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmkd.cli import main, pairs
-from llmkd.cli.draft import MARK, quoted
+from llmkd.cli.draft import quoted
 from llmkd.config import load, parse
 from llmkd.schema import Config
 
@@ -297,7 +297,7 @@ def test_the_real_models_to_uncomment_are_a_config(place: Path, name: str) -> No
     data = {"survey": survey, "reviews": reviews}.get(name, lambda at: write(at / "texts.csv", {
         "text": [text(row) for row in range(60)]}))(place)  # fmt: skip
     assert code(data) == 0
-    tiny, real = Path(f"{name}.yaml").read_text(encoding="utf-8").split(MARK)
+    tiny, real = Path(f"{name}.yaml").read_text(encoding="utf-8").split("# Real models")
     kept = re.split(r"^(?:# Tiny models|teachers:)", tiny, flags=re.MULTILINE)[0]
     block = re.sub(r"^# ?", "", real[real.index("# teachers:") :], flags=re.MULTILINE)
     config = parse(kept.replace("precision: fp32", "") + block)

@@ -166,3 +166,17 @@ def test_a_shift_moves_each_image_of_a_training_batch_as_a_whole() -> None:
     assert len(seen) == 9  # every direction, the middle too
     torch.manual_seed(3)
     assert torch.equal(some.augment({"pixels": given})["pixels"], moved)
+    assert some.copies is None
+
+
+def test_copies_are_the_images_moved_by_each_shift_once() -> None:
+    table, pixels = pictures(3)
+    some = examples(table, features.fit(table, image={"shape": [5, 4]}), average_shifts=2)
+    assert some.augment is None
+    assert some.copies is not None
+    found = [copy["pixels"] for copy in some.copies(some.inputs(np.arange(3)))]
+    padded = np.zeros((3, 9, 8))
+    padded[:, 2:7, 2:6] = pixels / 255
+    expected = [padded[:, y : y + 5, x : x + 4] for y in range(5) for x in range(5)]
+    np.testing.assert_allclose(torch.stack(found), np.stack(expected), rtol=1e-6)
+    torch.testing.assert_close(found[12], some.inputs(np.arange(3))["pixels"])  # the middle: unmoved

@@ -10,8 +10,8 @@ import tiny
 import torch
 
 from llmkd import generation
-from llmkd.errors import DataError
-from llmkd.generation import continuations, evaluate_lm, greedy
+from llmkd.errors import DataError, ModelError
+from llmkd.generation import continuations, evaluate_lm
 from llmkd.models.lora import add_lora
 
 ALL = np.arange(24)
@@ -93,6 +93,23 @@ def test_ranks_share_the_rows_and_each_counts_once(world: int, monkeypatch: pyte
     assert len({len(part) for part in parts}) <= 2, "fillers aside, equally many batches a rank"
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_whose_logits_are_not_finite_is_named(value: float) -> None:
+    """Else a perplexity would stand in metrics.json that is no number."""
+    model, examples = tiny.causal_lm(), tiny.examples()
+    words = [set(examples.inputs(np.array([row]))["input_ids"][0, :-1].tolist()) for row in range(24)]
+    row, word = next(
+        (row, word)
+        for row in range(24)
+        for word in words[row]
+        if not any(word in words[other] for other in range(24) if other != row)
+    )
+    with torch.no_grad():
+        model.get_input_embeddings().weight[word] = value
+    with pytest.raises(ModelError, match=f"next-token logits of row 'row{row}' are not finite; [^\n]*$"):
+        judged(model, examples)
+
+
 def test_without_rows_it_is_refused() -> None:
     with pytest.raises(DataError, match="no rows to evaluate"):
         judged(tiny.causal_lm(), tiny.examples(), ALL[:0])
@@ -136,16 +153,6 @@ def test_words_are_drawn_from_the_model_s_own_distribution() -> None:
         p = model(torch.tensor([[5, 6, 7]])).logits[0, -1, :40].softmax(-1).numpy()
     assert counts.sum() == draws
     assert (np.abs(counts / draws - p) <= 5 * np.sqrt(p * (1 - p) / draws) + 1e-3).all()
-
-
-def test_texts_are_continued_in_text() -> None:
-    tokenizer = tiny.tokenizer()
-    model = tiny.causal_lm(vocab_size=320).eval()
-    prompts = ["some words", "and"]
-    found = greedy(model, tokenizer, prompts, max_new_tokens=5, vocab=len(tokenizer))
-    for prompt, text in zip(prompts, found, strict=True):
-        said = next_words(model, tokenizer(prompt)["input_ids"], 5, len(tokenizer))
-        assert text == tokenizer.decode(said, skip_special_tokens=True)
 
 
 def test_an_empty_prompt_is_refused() -> None:

@@ -12,7 +12,9 @@ from llmkd import config as configs
 from llmkd.errors import ConfigError, LlmkdError, ModelError
 from llmkd.layout import Layout
 from llmkd.planning import lookup, memory, plan, shapes, table, work
+from llmkd.planning.jobs import Plan
 from llmkd.planning.memory import Way, Zero
+from llmkd.planning.stages import distilling
 
 SHIPPED = sorted((tiny.ROOT / "configs").glob("*.yaml"))
 # millions of parameters as published with the models, language-modelling head included; encoders' backbones
@@ -199,6 +201,26 @@ def test_checkpointing_and_smaller_batches_save_activations() -> None:
     # an eager model's scores grow with the square of a row
     long = memory.activations(shape, way(lora=lora, load_in="bf16", precision="bf16"), (2, 2048))
     assert long > 1.2 * whole
+
+
+def test_where_hidden_states_are_looked_at_the_last_layer_is_counted_whole() -> None:
+    shape = small("llama", num_hidden_layers=4)
+    short, whole, first = (
+        memory.activations(shape, way(device="cpu", states=states, zero=Zero(stage)), (8, 32))
+        for states, stage in ((False, 0), (True, 0), (False, 3))
+    )
+    assert whole == first, "under ZeRO-3 every layer is whole"
+    assert whole - short > 0.5 * 8 * 32 * memory.block_saved(shape, way(device="cpu"), 32)
+
+
+@pytest.mark.parametrize("method", ["cached", "feature", "self_distillation"])
+def test_a_student_is_planned_with_the_states_that_its_method_looks_at(method: str) -> None:
+    pair = "distill.features=[{teacher: llama, teacher_layer: 1, student_layer: 1}]"
+    found = configs.load(tiny.CONFIG, [f"distill.method={method}", *([pair] if method == "feature" else [])])
+    ways = {job.what: job.way for job in distilling(Plan(found, 1, {}), found.student)}
+    assert ways["student"] is not None
+    assert ways["baseline"] is not None
+    assert (ways["student"].states, ways["baseline"].states) == (method != "cached", False)
 
 
 def test_batches_are_those_that_training_cuts() -> None:

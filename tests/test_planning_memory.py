@@ -9,17 +9,19 @@ import tiny
 BENCH = runpy.run_path(str(tiny.ROOT / "benchmarks" / "plan_memory.py"))
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
 SOME = {
-    "llama": {"precision": "fp32"},
-    "gemma2": {"precision": "bf16", "lora": True, "checkpointing": True},
-    "bert": {"precision": "bf16"},
+    "llama": ("llama", {"precision": "fp32"}),
+    "gemma2": ("gemma2", {"precision": "bf16", "lora": True, "checkpointing": True}),
+    "bert": ("bert", {"precision": "bf16"}),
+    "exits": ("llama", {"precision": "fp32", "lora": True, "method": "self_distillation"}),
 }
 MORE = {name: asked for name, asked in BENCH["cases"]().items() if "qwen2" not in name}
 
 
-@pytest.mark.parametrize("architecture", SOME)
-def test_a_training_needs_what_was_planned(architecture: str) -> None:
+@pytest.mark.parametrize("name", SOME)
+def test_a_training_needs_what_was_planned(name: str) -> None:
+    architecture, more = SOME[name]
     sizes = {**BENCH["CONFIGS"][architecture], **SIZES}
-    near(BENCH["case"](architecture, sizes=sizes, rows=8, length=64, **SOME[architecture]))
+    near(BENCH["case"](architecture, sizes=sizes, rows=8, length=64, **more))
 
 
 @pytest.mark.slow

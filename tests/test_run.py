@@ -15,7 +15,8 @@ import pytest
 from llmkd import digests, lock, run
 from llmkd.config import science
 from llmkd.errors import RunError
-from llmkd.schema import Distill, Llm, Model
+from llmkd.schema_distill import Distill
+from llmkd.schema_models import Llm, Model
 
 SETTINGS: dict[str, Any] = {"epochs": 2, "lora": {"r": 8}}
 INPUTS = {"00_prepare": "abc"}

@@ -229,7 +229,7 @@ SIZES = ("batch_rows", "batch_tokens", "evaluations")
 
 
 def test_split_leaves_no_field_out() -> None:
-    from llmkd.schema import Distill
+    from llmkd.schema_distill import Distill
 
     fields = Distill().training()
     trainer, batching = train.split(fields)

@@ -14,6 +14,7 @@ from llmkd import logits
 from llmkd.config import load
 from llmkd.loading import examples_of, load_base
 from llmkd.models.lora import load_trained
+from llmkd.settings import text_settings
 from llmkd.train import predict
 
 IMAGES = """
@@ -83,3 +84,37 @@ def test_a_teacher_s_own_shift_moves_its_training_images_and_nothing_else(
     cached = logits.read(left / "logits.parquet", "in_sample", ids, labels=labels)
     np.testing.assert_allclose(cached, predict(network, still, seen, batch_tokens=64), atol=1e-5)
     assert set(logged(directory, "small")) == {"ce", "kl/big"}
+
+
+def test_a_teacher_s_cached_logits_are_means_over_shifts(image_run: tuple[Path, Path]) -> None:
+    """Those of its test images too, and nobody else's."""
+    path, directory = image_run
+    asked = ["teachers.big.average_shifts=1"]
+    all_stages(path, *asked)
+    config, labels = load(path, asked), ["dark", "light"]
+    table = pq.read_table(directory / "00_prepare" / "rows.parquet")
+    source = str(directory / "01_pretrain/big/model")
+    network, spec = load_base(config, config.models[0], source, labels, "fp32")
+    left = directory / "02_teachers" / "big" / "fold0"
+    load_trained(network, left / "adapter")
+    averaged, plain = (examples_of(config, model, table, spec) for model in config.models)
+    assert (averaged.augment, plain.augment, plain.copies) == (None, None, None)
+    for part, view in (("train", "in_sample"), ("test", "test")):
+        rows = np.flatnonzero(table["part"].to_numpy() == part)
+        pixels = torch.nn.functional.pad(plain.inputs(rows)["pixels"], (1, 1, 1, 1))  # (N, 8, 7)
+        with torch.no_grad():
+            each = [
+                network(pixels=pixels[:, y : y + 6, x : x + 5]).logits for y in range(3) for x in range(3)
+            ]
+        ids = table["id"].take(rows).to_pylist()
+        cached = logits.read(left / "logits.parquet", view, ids, labels=labels)
+        np.testing.assert_allclose(cached, sum(each) / 9, atol=1e-5)
+        assert not np.allclose(cached, predict(network, plain, rows, batch_tokens=64), atol=1e-3)
+
+
+def test_an_average_over_shifts_is_in_its_teacher_s_fingerprint_alone(image_run: tuple[Path, Path]) -> None:
+    path, _ = image_run
+    plain, averaged = (load(path, [f"teachers.big.average_shifts={most}"]) for most in (0, 1))
+    big, small = averaged.models
+    assert text_settings(averaged, big) == {"shift": 0, "average_shifts": 1}
+    assert text_settings(averaged, small) == text_settings(plain, plain.models[0]) == {"shift": 0}

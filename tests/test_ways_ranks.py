@@ -1,5 +1,6 @@
 """The text methods under DeepSpeed: two ranks reach what one process reaches, with LoRA."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,22 @@ def test_two_ranks_reach_one_process(way: str, finished: Path, tmp_path: Path) -
     engine = f"distill.deepspeed={sharded(tmp_path, zero)}"
     wait(start(command("deepspeed", "03_distill", f"run={two}", *told, engine, "--fold", "0")))
     same("03_distill/gemma/fold0", one, two)
+
+
+def test_an_online_teacher_is_sharded_and_frozen(finished: Path, tmp_path: Path) -> None:
+    """Under ZeRO-3 each of two ranks holds half of it, and none of it whole but while it computes."""
+    run = begun(finished, tmp_path / "run", "00_prepare", "01_pretrain", "02_teachers")
+    told = [f"run={run}", "distill.method=online", "distill.epochs=1", "distill.baseline=false", "--fold=0"]
+    argv = command("torchrun", "03_distill", *told, f"distill.deepspeed={sharded(tmp_path, 3)}")
+    script = next(i for i, word in enumerate(argv) if word.endswith(".py"))
+    watcher = str(tiny.ROOT / "tests" / "watched_teacher.py")
+    wait(start([*argv[:script], watcher, str(tmp_path), *argv[script:]]))
+    for rank in (0, 1):
+        looks = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert len(looks) > 4
+        for look in looks:
+            assert look["sharded"]
+            assert "AVAILABLE" not in look["states"]  # NOT_, or INFLIGHT: asked for ahead of the forward
+            assert look["whole"] == 0
+            assert look["numbers"] / 2 <= look["shards"] <= look["numbers"] / 2 + look["count"]
+            assert (look["learn"], look["modes"]) == (0, [False])

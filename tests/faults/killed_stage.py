@@ -1,5 +1,5 @@
-"""A stage that dies by kill -9 as soon as step N of a training, or the `whole` of it, is saved:
-`killed_stage.py N stage.py ...`."""
+"""A stage that dies by kill -9 as soon as step N of a training, or the `whole` of it, or block N of a
+quantization is saved: `killed_stage.py N stage.py ...`."""
 
 import os
 import runpy

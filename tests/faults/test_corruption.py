@@ -50,8 +50,10 @@ READ = {
 
 
 def flip(file: Path, other: Path) -> None:
+    """A byte in the middle; of a manifest one of its fingerprint: a float's last digit may change nothing."""
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
+    mark = data.find(b'"fingerprint": "') if file.name == run.MANIFEST else -1
+    data[len(data) // 2 if mark < 0 else mark + 20] ^= 1
     file.write_bytes(bytes(data))
 
 

@@ -175,6 +175,20 @@ def test_no_row_s_text_reaches_an_artifact_or_a_manifest(finished: Path) -> None
         assert not [text for text in texts if text in data], path
 
 
+def test_no_training_text_reaches_a_language_model_s_artifact(finished_lm: Path) -> None:
+    """GPTQ's calibration rows among them. What a model is asked to go on with, test texts, stands in the
+    scores by design."""
+    root = finished_lm / "run"
+    rows = pq.read_table(root / "00_prepare" / "rows.parquet", columns=["text", "part"]).to_pylist()
+    texts = {row["text"].encode() for row in rows if row["part"] == "train" and len(row["text"]) > 20}
+    assert len(texts) > 20
+    models = [path for path in root.rglob("*") if path.is_file() and path.parts[-2] == "model"]
+    assert {path.parts[-3] for path in models} >= {"04_merge", "05_quantize"}
+    for path in [*models, *root.rglob("manifest.json")]:
+        data = path.read_bytes()
+        assert not [text for text in texts if text in data or text[:40] in data], path
+
+
 def no_space(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device", str(args[-1]))
 

@@ -194,7 +194,7 @@ def test_half_an_epoch_ends_where_it_should(tmp_path: Path, monkeypatch: pytest.
         assert steps == count == 3
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "half-written"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "half-written", "lost"])
 def test_a_damaged_checkpoint_is_never_gone_on_with(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,12 +204,14 @@ def test_a_damaged_checkpoint_is_never_gone_on_with(
     data = bytearray(path.read_bytes())
     if damage == "half-written":
         path.rename(path.with_name("next.tmp"))
+    elif damage == "lost":
+        path.unlink()
     else:
         data[-9] ^= 1
         path.write_bytes(bytes(data[: -100 if damage == "cut" else None]))
     found, _ = train("cached", tmp_path, tmp_path / "checkpoint")
     same(found, whole)
-    assert (f"{path}: damaged (sha256)" in capsys.readouterr().out) == (damage != "half-written")
+    assert (f"{path}: damaged (sha256)" in capsys.readouterr().out) == (damage in ("flipped", "cut"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 15), (signal.SIGINT, 2)])
@@ -242,11 +244,19 @@ def test_a_signal_where_nothing_is_to_be_saved_is_heard_at_once() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_signal_finds_the_system_s_own_handler() -> None:
+def test_a_second_signal_ends_at_once_unless_a_launcher_passed_the_first_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent = list[tuple[int, int]]()
     with interrupt.heard(), interrupt.deferred():
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupt.asked() == signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) is signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(os, "kill", lambda *one: sent.append(one))
+        signal.raise_signal(signal.SIGTERM)
+        assert (interrupt.asked(), sent) == (signal.SIGINT, [])
+        monkeypatch.setattr(interrupt, "SAME", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        assert sent == [(os.getpid(), signal.SIGTERM)]
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the system's own handler ends it"
 
 
 def test_phases_go_on_in_the_phase_they_were_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,7 +390,13 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_where_so_asked(tmp_pat
     assert all(tensor.isfinite().all() for tensor in trainable_state(method).values())
 
 
-def test_a_gradient_that_is_not_finite_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["everywhere", "one of several micro-batches"])
+def test_a_gradient_that_is_not_finite_stops_too(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is of one micro-batch of those that a step adds up; all rows of the step are named."""
+    calls = list[int]()
+
     class Steep(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
@@ -395,11 +411,14 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path: Path, monkeypatch: py
 
     def steep(**kwargs: Any) -> Any:
         loss, parts = forward(**kwargs)
-        return Steep.apply(loss), parts
+        calls.append(len(loss))
+        return Steep.apply(loss) if where == "everywhere" or len(calls) == 2 else loss, parts
 
     monkeypatch.setattr(method, "forward", steep)
     with pytest.raises(ModelError, match=r"step 1: the gradient of these 4 rows is not finite: row"):
-        fit(method, tiny.examples(), TRAIN, tiny.training(tmp_path), batch_rows=4, batch_tokens=48)
+        fit(method, tiny.examples(), TRAIN, tiny.training(tmp_path), batch_rows=4, batch_tokens=20)
+    assert len(calls) > 2
+    assert sum(calls) == 4
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 from conftest import STAGES
+from test_ranks import command, start
 
 from llmkd import run
 
@@ -108,6 +109,29 @@ def test_ranks_that_are_asked_to_stop_save_and_one_process_goes_on(
     assert stopped(capsys.readouterr().err, signal.SIGINT) > step
     assert unfinished(tmp_path).exists()
     assert not (tmp_path / "02_teachers" / "qwen" / "fold0" / run.MANIFEST).exists()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_a_launcher_s_ranks_are_asked_twice_and_save(launcher: str, finished: Path, tmp_path: Path) -> None:
+    """As a scheduler or a terminal asks: the whole process group. The launcher then asks its ranks again, and
+    has an exit code of its own; theirs are told where no launcher stands between."""
+    for stage in STAGES[:2]:
+        shutil.copytree(finished / stage, tmp_path / stage)
+    process = start(command(launcher, "02_teachers", *words(tmp_path)))
+    try:
+        until = time.monotonic() + LIMIT
+        while saved(tmp_path) < 3 and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        before = saved(tmp_path)
+        os.killpg(process.pid, signal.SIGTERM)
+        told, _ = process.communicate(timeout=LIMIT)  # when all that hold its output have ended
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    (line,) = [line for line in told.splitlines() if "stopped by" in line]
+    assert int(line.split("step ")[1].split()[0]) == saved(tmp_path) >= before >= 3
+    assert "Error" not in told.split(line)[0], "no rank was ended in the middle of its step"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
