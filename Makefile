@@ -22,7 +22,8 @@ help:
 
 # Its models are so small that a core each, side by side, is faster than all cores for one.
 demo: install
-	OMP_NUM_THREADS=1 $(MAKE) -j$(JOBS) evaluate
+	OMP_NUM_THREADS=1 $(BIN)/llmkd run --config $(CONFIG) -j $(JOBS) \
+		$(if $(filter-out $(BIN)/python,$(LAUNCH)),--launch "$(LAUNCH)") $(ARGS)
 
 install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
@@ -59,16 +60,18 @@ test: install
 	$(BIN)/python -m pytest -q -n 2
 test-all: install
 	$(BIN)/python -m pytest -q -m "slow or not slow"
-# The commands of README.md and docs/, run or held against what they name
+# The commands of README.md, docs/ and benchmarks/README.md, executed as they are written
 docs-check: install
-	$(BIN)/python -m pytest -q -m "slow or not slow" -o faulthandler_timeout=900 tests/test_docs.py
+	$(BIN)/python -m pytest -q -n 2 -m "slow or not slow" -o faulthandler_timeout=0 tests/test_docs.py tests/test_docs_run.py
 # Side by side with what people would use instead; a table in the end.
 # ARGS="--quick" shows that they run; ARGS="--prefs a.parquet --imdb b.parquet --environments DIRECTORY" measures
+# (hours; some 25 minutes on 4 cores with --short --threads 4)
 bench: install
 	$(BIN)/python benchmarks $(ARGS)
 # kill -9 at random moments, start again, compare with the run that nothing disturbed; a checkpoint each step
 KILLS ?= 100
-SOAK = teachers.llama.epochs=10 teachers.qwen.epochs=10 distill.epochs=20 $(addsuffix .checkpoint_minutes=0,\
+SOAK = teachers.llama.epochs=10 teachers.qwen.epochs=10 distill.epochs=20 \
+	student.init.config.num_hidden_layers=3 quantize.calibration_rows=1000 $(addsuffix .checkpoint_minutes=0,\
 	pretrain.0 pretrain.1 teachers.llama teachers.qwen distill)
 soak: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py --kills $(KILLS) --longest 8 $(SOAK) $(ARGS)

@@ -12,7 +12,9 @@ from llmkd import crossfit, units
 from llmkd.inputs import base
 from llmkd.loading import examples_of, load_model
 from llmkd.objective import HARD, Objective
-from llmkd.schema import Config, Distill, Model, Student
+from llmkd.schema import Config
+from llmkd.schema_distill import Distill
+from llmkd.schema_models import Model, Student
 
 if TYPE_CHECKING:
     import pyarrow as pa

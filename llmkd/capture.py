@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from llmkd import ranks
 from llmkd.batches import Examples, Rows, sorted_batches
-from llmkd.errors import ModelError
-from llmkd.generation import batch_inputs
+from llmkd.generation import batch_inputs, refuse_row
 from llmkd.layout import Layout
 from llmkd.models.head import head_of, predicting_states
 from llmkd.packing import pack
@@ -69,14 +68,6 @@ def shard_rows(examples: Examples, shard_tokens: int) -> list[Rows]:
     return np.split(np.arange(len(ends)), np.flatnonzero(np.diff(number)) + 1)
 
 
-def _refuse(examples: Examples, batch: Rows, real: torch.Tensor, token: torch.Tensor) -> NoReturn:
-    """Raise ModelError naming the row of a batch that holds its real target number `token`."""
-    row = batch[int(real.nonzero()[token, 0])]  # real (rows, L): targets lie row by row
-    raise ModelError(
-        f"next-token logits of row {examples.ids[row]!r} are not finite; try precision: fp32, or look at it"
-    )
-
-
 def _packed(
     model: nn.Module,
     examples: Examples,
@@ -101,7 +92,7 @@ def _packed(
             logits = head.logits(states[begin : begin + chunk])  # (n, vocab)
             finite = logits.amax(-1).isfinite()  # -inf is a word that cannot come; not so +inf, NaN, all -inf
             if not finite.all():
-                _refuse(examples, batch, real, begin + finite.int().argmin())
+                refuse_row(examples, batch, real, begin + int(finite.int().argmin()))
             chosen.append(choose(logits, layout, random))
         packed = pack(joined(chosen), layout, fair)
         ends = np.cumsum(real.sum(-1).cpu().numpy())

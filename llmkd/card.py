@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmkd import description
-from llmkd.schema import NET, Config
+from llmkd.schema import Config
+from llmkd.schema_models import NET
 
 TAGS = ("llmkd", "distillation")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -12,7 +14,9 @@ from llmkd.tasks import KINDS
 from llmkd.tasks.template import check as check_template
 
 if TYPE_CHECKING:
-    from llmkd.schema import Config, Distill, Student
+    from llmkd.schema import Config
+    from llmkd.schema_distill import Distill
+    from llmkd.schema_models import Student
 
 
 def crosschecks(config: Config) -> Iterator[str]:
@@ -84,22 +88,67 @@ def _task(config: Config) -> Iterator[str]:
             yield f"{model.name}: reads {reads}, but task.kind is {task.kind}; choose another architecture"
         if model.shift is not None and task.kind != "image":
             yield f"{model.name}.shift = {model.shift}: moves images, but task.kind is {task.kind}; remove it"
+    yield from _averaged(config)
     for peer in config.peers:
         if peer.shift is not None and task.kind == "image":
             yield f"{peer.name}.shift = {peer.shift}: a peer sees the student's images; set student.shift"
 
 
+def _averaged(config: Config) -> Iterator[str]:
+    """A teacher's average over shifts is made where its logits are cached, of images alone."""
+    for teacher in config.teachers:
+        most = getattr(teacher, "average_shifts", 0)
+        if most and config.task.kind != "image":
+            told = f"averages over images, but task.kind is {config.task.kind}; remove it"
+            yield f"{teacher.name}.average_shifts = {most}: {told}"
+        for student in config.students if most else ():
+            method = config.distill_of(student).method
+            if teacher.name in config.teachers_of(student) and method in ("online", "feature"):
+                told = f"{method} reads no cached logits; remove it, or set distill.method to cached"
+                yield f"{teacher.name}.average_shifts = {most}: {told}"
+
+
+EVEN = ("llama", "mistral", "qwen2")  # whose heads share out the hidden size where head_dim is not said
+
+
 def _packing(config: Config) -> Iterator[str]:
-    """Stage 05 would refuse these widths, of a tiny config at least, when all training is done."""
-    init, asked = config.student.init, config.quantize
-    if not asked or not init or init.architecture.startswith("llmkd-"):
-        return
-    for key in ("hidden_size", "intermediate_size"):
-        width, named = init.config.get(key), f"the student's init.config.{key}"
-        if isinstance(width, int) and width % 32:
-            yield f"quantize: GPTQ packs multiples of 32, and {named} is {width}; choose one"
-        elif isinstance(width, int) and width % asked.group_size:
-            yield f"quantize.group_size = {asked.group_size}: must divide {named} = {width}"
+    """Stage 05 would refuse these widths, a tiny config's or a directory's, when all training is done."""
+    asked, student = config.quantize, config.student
+    sizes, named = _sizes(student)
+    for name, width, grouped in _widths(sizes) if asked else ():
+        if width % 32:
+            told = "choose one" if student.init else "choose another model, or set quantize: null"
+            yield f"quantize: GPTQ packs multiples of 32, and {named.format(name)} is {width}; {told}"
+        elif grouped and asked and width % asked.group_size:
+            yield f"quantize.group_size = {asked.group_size}: must divide {named.format(name)} = {width}"
+
+
+def _sizes(student: Student) -> tuple[dict[str, Any], str]:
+    """What tells a student's widths, as far as it can be read here, and how one of them is called."""
+    if student.init:
+        own = student.init.architecture.startswith("llmkd-")
+        sizes = {"model_type": student.init.architecture, **student.init.config}
+        return ({} if own else sizes), "the student's init.config.{}"
+    file = Path(student.model or "") / "config.json"
+    try:
+        sizes = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # a hub's name; what is wrong is said where it is loaded
+        return {}, ""
+    return sizes if isinstance(sizes, dict) else {}, f"{{}} of {file}"
+
+
+def _widths(sizes: dict[str, Any]) -> Iterator[tuple[str, int, bool]]:
+    """Name and width of what the linear layers of a block read and give, and whether one reads it."""
+    known = {name: size for name, size in sizes.items() if type(size) is int and size > 0}
+    for name in ("hidden_size", "intermediate_size"):
+        if name in known:
+            yield name, known[name], True
+    heads, hidden = known.get("num_attention_heads"), known.get("hidden_size")
+    even = hidden // heads if heads and hidden and sizes.get("model_type") in EVEN else None
+    dim = known.get("head_dim", even)
+    for name, grouped in (("num_attention_heads", True), ("num_key_value_heads", False)):
+        if dim and name in known and known[name] * dim != hidden:
+            yield f"{name} x head_dim", known[name] * dim, grouped
 
 
 def _language(config: Config) -> Iterator[str]:

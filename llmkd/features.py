@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from llmkd.batches import Examples, Rows
 from llmkd.errors import DataError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -91,20 +92,28 @@ def sizes(spec: Spec) -> dict[str, Any]:
 
 
 def examples(
-    table: pa.Table, spec: Spec, ids: Sequence[str], labels: NDArray[np.int64], *, shift: int = 0
+    table: pa.Table,
+    spec: Spec,
+    ids: Sequence[str],
+    labels: NDArray[np.int64],
+    *,
+    shift: int = 0,
+    average_shifts: int = 0,
 ) -> Examples:
     """Rows as the inputs of a net; a row counts as one token.
 
     Inputs of a batch: numbers (B, F) float32, categories (B, K) int64 and steps (B, S, D) float32, those
     that the spec has; or pixels (B, H, W) float32 in [0, 1]. With `shift`, images of a training batch
-    are moved at random by up to so many pixels along both axes (torch's global generator).
+    are moved at random by up to so many pixels along both axes (torch's global generator). With
+    `average_shifts`, logits at inference are averaged over all shifts by up to so many pixels.
     Raises DataError where the table lacks a column of the spec.
     """
     _check_columns(table, spec)
     inputs = _pixels(table, spec) if spec["kind"] == "image" else _columns(table, spec)
     augment = (lambda batch: {**batch, "pixels": shifted(batch["pixels"], shift)}) if shift else None
-    count = len(ids)
-    return Examples(ids, np.ones(count, dtype=np.int64), labels, np.ones(count), inputs, augment=augment)
+    copies = (lambda batch: every_shift(batch, average_shifts)) if average_shifts else None
+    lengths, weights = np.ones(len(ids), dtype=np.int64), np.ones(len(ids))
+    return Examples(ids, lengths, labels, weights, inputs, augment=augment, copies=copies)
 
 
 def shifted(pixels: Tensor, most: int) -> Tensor:
@@ -118,6 +127,16 @@ def shifted(pixels: Tensor, most: int) -> Tensor:
     columns = right + torch.arange(width, device=pixels.device)  # (B, W)
     places = torch.arange(count, device=pixels.device)[:, None, None]
     return padded[places, rows[:, :, None], columns[:, None, :]]
+
+
+def every_shift(batch: dict[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
+    """The batch, its images (B, H, W) all moved by each of the (2 most + 1)² shifts that `shifted` draws."""
+    import torch
+
+    height, width = batch["pixels"].shape[1:]
+    padded = torch.nn.functional.pad(batch["pixels"], (most,) * 4)
+    for down, right in product(range(2 * most + 1), repeat=2):
+        yield {**batch, "pixels": padded[:, down : down + height, right : right + width]}
 
 
 def _pixels(table: pa.Table, spec: Spec) -> Callable[[Rows], dict[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,6 @@ from llmkd.models.head import (
 )
 from llmkd.train import inference
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 def evaluate_lm(
     model: nn.Module,
@@ -46,7 +43,7 @@ def evaluate_lm(
     {"nll", "perplexity", "tokens": the targets, "tokens_per_second": real tokens read by the model alone,
     on this rank}, and for each teacher {"kl/name": KL(teacher || model), "agreement/name": the share of
     targets whose top word is the teacher's}. In nats, at temperature 1, over the first `vocab` words.
-    Raises DataError without rows.
+    Raises DataError without rows, ModelError naming the row where a target's loss is not finite.
     """
     if not len(rows):
         raise DataError("no rows to evaluate a language model on; check the test part")
@@ -96,7 +93,10 @@ def _sums(
         for begin in range(0, len(targets), chunk):
             part, began = slice(begin, begin + chunk), _now(real)
             logits = head.logits(states[part])  # (n, vocab)
-            sums["nll"] += float(ce(logits, targets[part]).double().sum())
+            losses = ce(logits, targets[part])  # (n,)
+            if not (finite := losses.isfinite()).all():
+                refuse_row(examples, rows, real, begin + int(finite.int().argmin()))
+            sums["nll"] += float(losses.double().sum())
             seconds += _now(real) - began
             for name, of in heads.items():
                 teacher = of.logits(theirs[name][part])  # (n, vocab)
@@ -105,6 +105,14 @@ def _sums(
 
     with_heads([model, *teachers.values()], states, body)
     return {**sums, "tokens": len(targets)}, seconds
+
+
+def refuse_row(examples: Examples, batch: Rows, real: Tensor, target: int) -> NoReturn:
+    """Raise ModelError naming the row of a batch that holds its real target number `target`."""
+    row = batch[int(real.nonzero()[target, 0])]  # real (rows, L): targets lie row by row
+    raise ModelError(
+        f"next-token logits of row {examples.ids[row]!r} are not finite; try precision: fp32, or look at it"
+    )
 
 
 def batch_inputs(model: nn.Module, examples: Examples, rows: Rows) -> tuple[dict[str, Tensor], Tensor]:
@@ -191,20 +199,3 @@ def continuations(
 def _rows(head: Head) -> int:
     weight: Any = head.weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])
-
-
-def greedy(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    vocab: int,
-) -> list[str]:
-    """The model's greedy continuation of each text, without special tokens."""
-    ids = [tokenizer(prompt, split_special_tokens=True)["input_ids"] for prompt in prompts]
-    eos = tokenizer.eos_token_id
-    ids = [row[:-1] if eos is not None and row[-1:] == [eos] else row for row in ids]
-    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    said = continuations(model, ids, max_new_tokens=max_new_tokens, vocab=vocab, pad_id=pad, eos_id=eos)  # type: ignore[arg-type]
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in said]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmkd import run
 from llmkd.errors import RunError
-from llmkd.schema import Config, Model
+from llmkd.schema import Config
+from llmkd.schema_models import Model
 from llmkd.settings import is_made, prepare_settings, pretrain_settings
 
 if TYPE_CHECKING:

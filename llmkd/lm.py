@@ -15,7 +15,9 @@ from llmkd.assemble import objective_of
 from llmkd.inputs import base, prepared
 from llmkd.lm_rows import examples, fold_numbers
 from llmkd.loading import load_base
-from llmkd.schema import Config, Distill, Llm, Student
+from llmkd.schema import Config
+from llmkd.schema_distill import Distill
+from llmkd.schema_models import Llm, Student
 from llmkd.settings import text_settings
 from llmkd.stage import say
 
@@ -72,12 +74,10 @@ def layout_of(distill: Distill, name: str, vocab: int) -> Layout:
 
 def load_teacher(config: Config, which: Llm, precision: str) -> nn.Module:
     """A teacher as stage 01 left it, frozen, on its device."""
-    import torch
+    from llmkd.models.load import on_device
 
     held = precision if which.load_in == "auto" else which.load_in
-    network, _ = load_base(config, which, base(config, which)[0], (), held)
-    if torch.cuda.is_available() and held not in ("nf4", "int8"):
-        network.to("cuda")
+    network = on_device(load_base(config, which, base(config, which)[0], (), held)[0], held)
     network.requires_grad_(False).train(False)
     return network  # type: ignore[no-any-return]
 

@@ -16,7 +16,8 @@ from llmkd.inputs import base, prepared
 from llmkd.lm import load_teacher, tokenizer_of, vocabulary
 from llmkd.lm_rows import examples
 from llmkd.loading import load_base, load_model
-from llmkd.schema import Config, Llm
+from llmkd.schema import Config
+from llmkd.schema_models import Llm
 from llmkd.settings import text_settings
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def _mean(folds: list[dict[str, float]]) -> dict[str, float]:
 
 def _led_to(config: Config) -> dict[str, list[Callable[[], Any]]]:
     """How to load this run's student before any training, its baseline's folds, and the student's."""
+    from llmkd.models.load import on_device
     from llmkd.models.lora import load_trained
 
     student, precision = config.student, config.evaluate.precision
@@ -111,7 +113,7 @@ def _led_to(config: Config) -> dict[str, list[Callable[[], Any]]]:
     def folds(kind: str) -> list[Callable[[], Any]]:
         return [partial(trained, recipe) for recipe in units.students(config, kind)]
 
-    before = [lambda: _on_device(load_base(config, student, source, (), precision)[0])]
+    before = [lambda: on_device(load_base(config, student, source, (), precision)[0])]
     baseline = {"baseline": folds("baseline")} if config.distill_of(student).baseline else {}
     return {"before": before, **baseline, "student": folds("student")}
 
@@ -135,12 +137,6 @@ def _artifacts(
         return model
 
     return {name: [partial(load, path)] for name, path in paths.items()}
-
-
-def _on_device(model: Any) -> Any:
-    import torch
-
-    return model.to("cuda") if torch.cuda.is_available() else model
 
 
 def _prompts(rows: Examples, count: int) -> list[list[int]]:

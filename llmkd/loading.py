@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmkd.schema import Config, Model
+from llmkd.schema import Config
+from llmkd.schema_models import Model
 from llmkd.settings import seed_of, text_settings
 
 if TYPE_CHECKING:
@@ -39,8 +40,7 @@ def load_model(
 
     One of the package's nets comes with its features' spec in place of a tokenizer.
     """
-    import torch
-
+    from llmkd.models.load import on_device
     from llmkd.models.lora import add_lora
 
     settle()
@@ -49,9 +49,7 @@ def load_model(
     if model.lora:
         causal = config.task.kind == "causal_lm"
         network = add_lora(network, causal=causal, **model.lora.model_dump())
-    if torch.cuda.is_available() and model.load_in not in ("nf4", "int8"):
-        network.to("cuda")
-    return network, reader
+    return on_device(network, model.load_in), reader
 
 
 def load_base(

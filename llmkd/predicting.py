@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from llmkd import canonical, description, features, streams, tasks
@@ -211,7 +212,8 @@ def _chunk(
         raise DataError(f"{source}{where}: {'; '.join(problems)}")
     if named:
         ids = table[named].cast(pa.string()).combine_chunks()
-    rows = {"id": pa.array([f"{start + i}" for i in range(count)]), "part": pa.array(["test"] * count)}
+    numbered = pa.array([f"{start + i}" for i in range(count)])  # for an error that names a row without an id
+    rows = {"id": pc.coalesce(ids.cast(pa.string()), numbered), "part": pa.array(["test"] * count)}
     whole = pa.table({**rows, "label": pa.array(np.full(count, -1)), **data})
     kept = whole.filter(pa.array(~blank))
     return Chunk(ids, np.asarray(numbers.to_numpy(), dtype=np.int64), blank, kept)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from llmkd.config import science
-from llmkd.schema import Config, Model
+from llmkd.schema import Config
+from llmkd.schema_models import Model
 
 
 def prepare_settings(config: Config) -> dict[str, Any]:
@@ -62,7 +63,9 @@ def text_settings(config: Config, model: Model) -> dict[str, Any]:
     task = config.task
     if model.is_net:  # it reads features or pixels, as stage 00 left them
         shift = task.image.shift if task.image else 0
-        return {"shift": shift if model.shift is None else model.shift}
+        most = getattr(model, "average_shifts", 0)  # a teacher's alone
+        averaged = {"average_shifts": most} if most else {}
+        return {"shift": shift if model.shift is None else model.shift, **averaged}
     if task.kind == "causal_lm":
         settings = {"max_tokens": model.max_tokens or task.max_tokens, "pack": task.pack}
         return {**settings, "chats": "messages" in task.columns, "mask_prompt": task.mask_prompt}

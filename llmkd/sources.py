@@ -32,6 +32,17 @@ def read(source: str, *, seed: int = 0) -> pa.Table:
         return _read_hub(source)
     if source.startswith("arena:"):
         return _read_arena(source, seed)
+    suffix, paths = files(source)
+    try:
+        return pa.concat_tables([_whole(path, suffix) for path in paths], promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{source}: cannot be read as {suffix} ({reason_of(error)}): mend the file"
+        ) from error
+
+
+def files(source: str) -> tuple[str, list[str]]:
+    """The suffix of a path or a glob, and the files that it names, in order. Raises DataError."""
     suffix = Path(source).suffix.lower()
     if suffix not in READERS:
         raise DataError(f"{source}: suffix {suffix!r} is not read: use {', '.join(READERS)}, hub: or arena:")
@@ -40,10 +51,7 @@ def read(source: str, *, seed: int = 0) -> pa.Table:
     if not paths:
         what = "a directory, not a file" if found else "no such file"
         raise DataError(f"{source}: {what}: correct the path")
-    try:
-        return pa.concat_tables([_whole(path, suffix) for path in paths], promote_options="permissive")
-    except pa.ArrowException as error:
-        raise DataError(f"{source}: cannot be read as {suffix} ({_reason(error)}): mend the file") from error
+    return suffix, paths
 
 
 def _whole(path: str, suffix: str) -> pa.Table:
@@ -56,11 +64,12 @@ def _whole(path: str, suffix: str) -> pa.Table:
         reason = _broken_line(path) if READERS[suffix] is _read_json else None
         remedy = "save it as UTF-8" if "utf8" in str(error).lower() else "mend the file"
         raise DataError(
-            f"{path}: cannot be read as {suffix} ({reason or _reason(error)}): {remedy}"
+            f"{path}: cannot be read as {suffix} ({reason or reason_of(error)}): {remedy}"
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """A reader's complaint on one line that may be printed."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(str(error).split())[:200])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import glob
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from llmkd.errors import DataError
-from llmkd.sources import csv_layout, read
+from llmkd.sources import csv_layout, files, read, reason_of
 
 CHUNK = 8192  # rows
 BLOCK = 1 << 24  # bytes of a CSV that are parsed at once; a row must fit
@@ -35,21 +34,16 @@ def chunks(source: str, choose: Choose, rows: int = CHUNK) -> Iterator[pa.Table]
         table = read(source)
         yield from _slices(table.select(choose(table.column_names)), rows)
         return
-    suffix = Path(source).suffix.lower()
-    if suffix not in READERS:
-        raise DataError(f"{source}: suffix {suffix!r} is not read: use {', '.join(READERS)}, hub: or arena:")
-    found = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
-    paths = [path for path in found if Path(path).is_file()]
-    if not paths:
-        raise DataError(f"{source}: no such file: correct the path")
+    suffix, paths = files(source)
     for path in paths:
         try:
             for table in READERS[suffix](path, choose, rows):
                 table.validate(full=True)  # a reader may let bytes pass that are no UTF-8
                 yield table
         except pa.ArrowException as error:
-            line = " ".join(str(error).split())[:200]
-            raise DataError(f"{path}: cannot be read as {suffix} ({line}): mend the file") from error
+            raise DataError(
+                f"{path}: cannot be read as {suffix} ({reason_of(error)}): mend the file"
+            ) from error
 
 
 def _slices(table: pa.Table, rows: int) -> Iterator[pa.Table]:

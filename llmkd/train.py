@@ -250,8 +250,8 @@ def predict(
         with inference(model), autocast(precision, device):
             for batch in bar(mine, "logits"):
                 inputs = {name: tensor.to(device) for name, tensor in examples.inputs(batch).items()}
-                logits = class_logits(model, **inputs).cpu().numpy()
-                for row, one in zip(batch.tolist(), logits, strict=True):
+                logits = _mean_logits(model, examples.copies(inputs) if examples.copies else [inputs])
+                for row, one in zip(batch.tolist(), logits.cpu().numpy(), strict=True):
                     (found if np.isfinite(one).all() else odd)[row] = one
                 save(False)
     finally:  # also of what a signal or an error ends
@@ -260,6 +260,11 @@ def predict(
     result = np.stack([merged[row] for row in rows.tolist()]) if len(rows) else np.zeros((0, 0), np.float32)
     _check_finite(result, (examples.ids[row] for row in rows.tolist()))
     return result
+
+
+def _mean_logits(model: nn.Module, copies: Iterable[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """A batch's logits (B, C), the mean over its copies."""
+    return torch.stack([class_logits(model, **inputs) for inputs in copies]).mean(0)
 
 
 def _check_finite(logits: NDArray[np.float32], ids: Iterable[str]) -> None:

@@ -26,7 +26,10 @@ from llmkd.inputs import (
     command,
     rows_directory,
 )
-from llmkd.schema import Config, Distill, External, Lightgbm, Llm, Model, Student, Training
+from llmkd.schema import Config
+from llmkd.schema_distill import Distill
+from llmkd.schema_models import External, Lightgbm, Llm, Model, Student
+from llmkd.schema_training import Training
 from llmkd.settings import model_settings, phases, prepare_settings, pretrain_settings, seed_of, text_settings
 from llmkd.tracking import Track
 

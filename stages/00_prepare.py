@@ -5,7 +5,8 @@ from argparse import Namespace
 from typing import Any
 
 from llmkd import run, units
-from llmkd.schema import Config, Part
+from llmkd.schema import Config
+from llmkd.schema_distill import Part
 from llmkd.stage import main, say
 
 

@@ -4,10 +4,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llmkd import ranks, units
+from llmkd import libraries, ranks, units
 from llmkd.errors import DataError
 from llmkd.inputs import PRETRAIN, prepared
-from llmkd.schema import Config, Model, Pretrain, TrainTokenizer
+from llmkd.schema import Config
+from llmkd.schema_models import Model, TrainTokenizer
+from llmkd.schema_training import Pretrain
 from llmkd.settings import is_made, phases, seed_of, text_settings
 from llmkd.stage import chosen, main, say
 from llmkd.tracking import Track
@@ -27,6 +29,7 @@ def make(config: Config, model: Model) -> None:
     directory = recipe.directory
     if recipe.stands:
         return say(f"{directory}: done")
+    libraries.load()
     for phase in phases(config, model):
         ranks.start(phase.deepspeed)
     with recipe.writing(config.seed) as unit:

@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmkd import ranks, units
+from llmkd import libraries, ranks, units
 from llmkd.inputs import TEACHERS, base, prepared
 from llmkd.loading import examples_of, load_model
-from llmkd.schema import Config, External, Lightgbm, Llm
+from llmkd.schema import Config
+from llmkd.schema_models import External, Lightgbm, Llm
 from llmkd.settings import seed_of
 from llmkd.stage import chosen, main, say
 
@@ -41,6 +42,7 @@ def teachers(config: Config, arguments: Namespace) -> None:
 
 def fine_tune(config: Config, teacher: Llm, todo: dict[int, units.Recipe]) -> None:
     """A network, its base loaded once for all folds."""
+    libraries.load()
     ranks.start(teacher.deepspeed)
     from llmkd import crossfit
     from llmkd.methods.cached import Cached

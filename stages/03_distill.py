@@ -3,10 +3,11 @@
 from argparse import Namespace
 from pathlib import Path
 
-from llmkd import ranks, units
+from llmkd import libraries, ranks, units
 from llmkd.inputs import DISTILL, base, prepared
 from llmkd.loading import examples_of, load_model
-from llmkd.schema import Config, Student
+from llmkd.schema import Config
+from llmkd.schema_models import Student
 from llmkd.stage import chosen, main, say
 
 
@@ -29,6 +30,7 @@ def learn(config: Config, which: Student, kinds: list[str], folds: list[int]) ->
         return say(f"{root / which.name}: folds {folds} done")
 
     section = config.distill_of(which)
+    libraries.load()
     ranks.start(section.deepspeed)
     from llmkd import assemble, crossfit, lm
     from llmkd.models.lora import trainable_state

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llmkd import description, ranks, units
+from llmkd import description, libraries, ranks, units
 from llmkd.inputs import base, prepared
 from llmkd.loading import load_base
 from llmkd.schema import Config
@@ -17,6 +17,7 @@ def merge(config: Config, arguments: Namespace) -> None:
     recipe = units.merged(config)
     if recipe.stands:
         return say(f"{recipe.directory}: done")
+    libraries.load(libraries.WEIGHTS)
     folds = [student.directory for student in units.students(config)]
     with recipe.writing(config.seed, alone=True) as unit:
         model = unit.path / "model"

@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from llmkd import ranks, run, units
+from llmkd import libraries, ranks, run, units
 from llmkd.errors import ConfigError, DataError, ModelError
 from llmkd.inputs import EVALUATE, MERGE, QUANTIZE, prepared
 from llmkd.schema import Config
@@ -28,6 +28,7 @@ def judge_run(config: Config) -> None:
     root, recipe = Path(config.run), units.evaluated(config)
     if recipe.stands:
         return say(f"{recipe.directory}: done")
+    libraries.load()
     ranks.start()
     stages = [MERGE, QUANTIZE] if config.quantize else [MERGE]
     paths = {{MERGE: "merged", QUANTIZE: "quantized"}[stage]: root / stage / "model" for stage in stages}

@@ -40,12 +40,11 @@ def pretrain(
     Trained in full it is saved as it is; an adapter is merged into a freshly loaded float base.
     Returns the training's history (see `llmkd.train.fit`).
     """
-    import torch
     from transformers import set_seed
 
     from llmkd.methods.cached import Cached
     from llmkd.methods.next_token import NextToken
-    from llmkd.models.load import load_causal_lm, load_classifier, load_tokenizer
+    from llmkd.models.load import load_causal_lm, load_classifier, load_tokenizer, on_device
     from llmkd.models.lora import add_lora, trainable_state
     from llmkd.objective import HARD
     from llmkd.train import fit, forget_sharding
@@ -66,8 +65,7 @@ def pretrain(
     model: nn.Module = load(held)
     if lora:
         model = add_lora(model, causal=causal, **lora)  # type: ignore[arg-type]
-    if torch.cuda.is_available() and held not in ("nf4", "int8"):
-        model.to("cuda")
+    on_device(model, held)
     method = NextToken(model, precision) if causal else Cached(model, HARD, precision)
     rows = examples(tokenizer)
     train = np.flatnonzero(rows.labels >= 0) if not causal else np.arange(len(rows.ids))

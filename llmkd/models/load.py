@@ -45,6 +45,11 @@ def load_tokenizer(
     return tokenizer
 
 
+def on_device(model: Any, load_in: str = "fp32") -> Any:
+    """The model on this process's accelerator, if there is one; an nf4 or int8 base was read onto it."""
+    return model.to("cuda") if torch.cuda.is_available() and load_in not in ("nf4", "int8") else model
+
+
 def load_classifier(
     source: str,
     labels: Sequence[str],

@@ -17,7 +17,9 @@ from llmkd import run
 from llmkd.errors import RunError
 from llmkd.inputs import PREPARE, PRETRAIN
 from llmkd.planning.work import Lengths
-from llmkd.schema import Config, Model, Pretrain
+from llmkd.schema import Config
+from llmkd.schema_models import Model
+from llmkd.schema_training import Pretrain
 from llmkd.settings import prepare_settings, pretrain_settings
 
 SAMPLE = 512  # rows whose length is measured

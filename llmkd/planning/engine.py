@@ -10,7 +10,8 @@ from llmkd.errors import ConfigError
 from llmkd.planning import advice, jobs, stages
 from llmkd.planning.data import phase_part
 from llmkd.planning.memory import HELD, read_zero
-from llmkd.schema import Config, Llm
+from llmkd.schema import Config
+from llmkd.schema_models import Llm
 from llmkd.settings import phases
 
 RESERVE = 0.08  # of an accelerator, for its driver's context, communication and what fragments

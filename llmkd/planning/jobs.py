@@ -15,7 +15,9 @@ from llmkd.planning.data import Part, task_part
 from llmkd.planning.memory import Way
 from llmkd.planning.shapes import Shape
 from llmkd.planning.work import NONE, Batches, Lengths
-from llmkd.schema import Config, Model, Training
+from llmkd.schema import Config
+from llmkd.schema_models import Model
+from llmkd.schema_training import Training
 
 ROW = 4096  # rows that stand in where their number is not known: for shapes of batches, never for sums
 

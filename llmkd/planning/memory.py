@@ -39,8 +39,9 @@ class Zero:
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is held and trained. classes: None for a language model. device: cuda or cpu, whose
-    kernels keep other tensors: dropout's mask is a byte or a number."""
+    """How a model is held and trained. classes: None for a language model. states: whether hidden states of
+    all tokens are looked at, as by exits and feature pairs. device: cuda or cpu, whose kernels keep other
+    tensors: dropout's mask is a byte or a number."""
 
     load_in: str
     lora: Mapping[str, Any] | None
@@ -50,6 +51,7 @@ class Way:
     zero: Zero = Zero()
     ranks: int = 1
     chunked: bool = False
+    states: bool = False
     device: str = "cuda"
 
 
@@ -188,7 +190,7 @@ def block_saved(shape: Shape, way: Way, length: int) -> float:
 def _last_saved(shape: Shape, way: Way) -> float | None:
     """`block_saved` of a classifier's last block where it works for one token a row: of the others the first
     norm, what keys and values are made of, and these (`llmkd.models.last_layer`). None where it does not."""
-    able = way.classes is not None and way.device == "cpu" and way.zero.stage < 3
+    able = way.classes is not None and way.device == "cpu" and way.zero.stage < 3 and not way.states
     if not able or shape.family not in ("gemma2", "llama", "qwen2") or shape.attention_dropout:
         return None
     e = 2 if way.precision == "bf16" else 4

@@ -13,7 +13,9 @@ from llmkd.inputs import PRETRAIN
 from llmkd.planning import lookup
 from llmkd.planning.memory import Way, read_zero
 from llmkd.planning.shapes import Shape
-from llmkd.schema import Config, Model, Training, TrainTokenizer
+from llmkd.schema import Config
+from llmkd.schema_models import Model, TrainTokenizer
+from llmkd.schema_training import Training
 from llmkd.settings import pretrain_settings
 
 VALUES = 32  # of a category, where the rows are not at hand to be counted

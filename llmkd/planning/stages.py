@@ -14,7 +14,8 @@ from llmkd.planning.jobs import ROW, Job, Learning, Plan, dev_of, learn, mixed, 
 from llmkd.planning.memory import HELD, Way
 from llmkd.planning.shapes import Shape
 from llmkd.planning.work import Batches
-from llmkd.schema import Distill, Llm, Model, Student
+from llmkd.schema_distill import Distill
+from llmkd.schema_models import Llm, Model, Student
 from llmkd.settings import phases
 
 
@@ -127,6 +128,7 @@ def distilling(plan: Plan, student: Student) -> Iterator[Job]:
     kinds = [("student", distill.in_phases())]
     if distill.baseline and student is config.student:
         kinds.append(("baseline", units.baseline_phases(distill)))
+    watched = distill.method in ("feature", "self_distillation")
     for kind, sections in kinds:
         learnings = [_learning(plan, student, section, kind) for section in sections]
         parts = {part for section in sections for part in (section.rows if kind == "student" else ["train"])}
@@ -136,7 +138,7 @@ def distilling(plan: Plan, student: Student) -> Iterator[Job]:
             student.name,
             kind,
             shape,
-            way,
+            replace(way, states=watched and kind == "student"),
             distill,
             learnings,
             times=times,
@@ -236,6 +238,7 @@ def quantizing(plan: Plan, shape: Shape, every: int, dtype: float) -> Job:
         tokens=tokens,
         flops=work.gptq_flops(shape, tokens),
         disk=blocks * bits / 8 + (every - blocks) * dtype,
+        scratch=blocks * (1 + 8 / groups),  # finished blocks: codes, and what unpacks them
         host=4.0 * every,
         way=Way("fp32", None, "fp32", plan.classes),
         need=lambda *_: found,

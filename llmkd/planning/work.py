@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmkd.batches import deal, epoch_steps, sorted_batches
+from llmkd.batches import epoch_steps, sorted_batches
+from llmkd.dealing import deal
 from llmkd.planning.memory import Micro, Way, adapters
 from llmkd.planning.shapes import Shape
 

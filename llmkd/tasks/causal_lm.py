@@ -48,12 +48,7 @@ def read_texts(source: str, column: str = "text") -> list[str]:
         except UnicodeDecodeError as error:
             raise DataError(f"{source}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
         return [line for line in text.splitlines() if line.strip()]
-    return [text for text in _column(source, column, "text") if text and text.strip()]
-
-
-def read_chats(source: str, column: str = "messages") -> list[Chat]:
-    """Chats of a table's column of [{role, content}, ...], as lists or as JSON. Raises DataError."""
-    return as_chats(_column(source, column, "messages"), f"{source}: row {{row}} of {column!r}")
+    return [text for text in _column(source, column) if text and text.strip()]
 
 
 def as_chats(values: Sequence[Any], where: str = "row {row}") -> list[Chat]:
@@ -68,13 +63,13 @@ def as_chats(values: Sequence[Any], where: str = "row {row}") -> list[Chat]:
     return chats
 
 
-def _column(source: str, column: str, key: str) -> list[Any]:
+def _column(source: str, column: str) -> list[Any]:
     from llmkd.sources import read
 
     table = read(source)
     if column not in table.column_names:
         raise DataError(
-            f"{source}: no column {column!r} among {table.column_names}; map it: columns: {{{key}: ...}}"
+            f"{source}: no column {column!r} among {table.column_names}; map it: columns: {{text: ...}}"
         )
     values: list[Any] = table[column].to_pylist()
     return values
