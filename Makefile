@@ -2,7 +2,8 @@
 CONFIG ?= configs/demo.yaml
 ARGS ?=
 PYTHON ?= python3
-JOBS ?= $(shell nproc)
+# the cores that may be used; where there is no nproc (macOS), all
+JOBS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 LAUNCH ?= $(BIN)/python
 BIN := .venv/bin
 INSTALLED := .venv/installed

@@ -4,12 +4,14 @@
         [--environments DIRECTORY]
 
 Without files, rows of made-up lengths stand for real ones. Nothing else should run on the machine. With N
-threads a training of ours is N ranks of one thread; one thread of both sides is measured too. --short:
-fewer rounds and rows, models and lengths as ever; some 25 minutes on 4 quiet cores.
+threads a training of ours is N ranks of one thread, against peers of N threads and of N ranks; one thread
+of both sides is measured too. --short: fewer rounds, rows and peers, models and lengths as ever; some 25
+minutes on 4 quiet cores.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -41,13 +43,10 @@ def main() -> None:
     found.add_argument("--short", action="store_true", help="one round, fewer rows")
     add_flag(found)
     asked = found.parse_args()
+    if asked.clock == "cpu" and asked.threads > 1:
+        sys.exit("--clock cpu is of one thread a side: take --threads 1, or the wall's on a quiet machine")
     data = [["--data", str(path.resolve())] for path in (asked.prefs, asked.imdb) if path] or [[]]
-    ranks, one_thread = ["--ranks", str(asked.threads)], ["--threads", "1"]
-    jobs = [("training.py", [*one, *ranks]) for one in data]
-    jobs.append(("roof.py", [*data[0], *ranks]))
-    if asked.threads > 1:
-        jobs.append(("training.py", [*data[0], *one_thread, "--peers", "plain2"]))
-        jobs.append(("roof.py", [*data[0], *one_thread]))
+    jobs = trainings(asked, data)
     jobs += [(name, data[0]) for name in ("teacher_logits.py", "inference.py")]
     jobs += [(name, []) for name in ("quantization.py", "growth.py", "growth_ranks.py", "overhead.py")]
     jobs += [("sequence_loss.py", one) for one in ([[]] if asked.quick else VOCABULARIES)]
@@ -73,6 +72,18 @@ def main() -> None:
         print(Row(**one).line() + (" busy machine |" if busy else ""))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
+
+
+def trainings(asked: argparse.Namespace, data: list[list[str]]) -> list[tuple[str, list[str]]]:
+    """By ranks over each file, and on one thread a side; --short: without the slowest peers."""
+    many, one_thread = ["--ranks", str(asked.threads)], ["--threads", "1"]
+    if asked.threads == 1:
+        return [*(("training.py", one) for one in data), ("roof.py", data[0])]
+    by_ranks = ["--peers", "plain2", "plain2-ranks", "trainer-ranks"] if asked.short else []
+    alone = ["--steps", "1", "--peers", "plain2", "trainer"] if asked.short else []
+    jobs = [("training.py", [*one, *many, *by_ranks]) for one in data]
+    jobs += [("roof.py", [*data[0], *many]), ("training.py", [*data[0], *one_thread, *alone])]
+    return [*jobs, ("roof.py", [*data[0], *one_thread])]
 
 
 if __name__ == "__main__":

@@ -125,7 +125,10 @@ def whole(asked: argparse.Namespace, run: str) -> None:
 
     if not forks.possible():
         sys.exit("stages are no forks on this machine; measure with --apart")
-    run_stage = forks._run
+    run_stage, ready = forks._run, forks.ready
+
+    def surely(modules: Sequence[str]) -> bool:
+        return ready(modules) or sys.exit("a stage would be no fork, and tell nothing; measure with --apart")
 
     def clocked_stage(command: Sequence[str]) -> int:
         spent.clear()
@@ -134,7 +137,7 @@ def whole(asked: argparse.Namespace, run: str) -> None:
         tell(Path(command[0]).stem, starts[-1])
         return code
 
-    forks._run = clocked_stage
+    forks._run, forks.ready = clocked_stage, surely
     cli.main(["run", "--config", asked.config, f"run={run}", *asked.set])
     tell(RUN, began)
 

@@ -117,6 +117,8 @@ def middle(found: Found, way: str, name: str) -> float:
 
 def compare(asked: argparse.Namespace, measure: Callable[[], list[Row]]) -> list[Row]:
     """Run `measure` and print its table, the machine, and whether it was busy."""
+    if asked.clock == "cpu" and getattr(asked, "ranks", 1) > 1:  # a rank would count one thread, a peer all
+        sys.exit("--clock cpu with --ranks over 1 is not like for like: take the wall's, on a quiet machine")
     before = os.getloadavg()[0]
     began = time.time()
     print(machine(asked.threads), flush=True)

@@ -4,33 +4,58 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+Job = subprocess.Popen[bytes]
 
 
 def together(way: str, many: int, variables: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """What each of `many` ranks found: the last line it prints, as JSON. Ends the program where one fails."""
     around = {**os.environ, **(variables or {}), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(many)}
     around |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # by way of `finally`
+    with tempfile.TemporaryDirectory() as directory:
+        place, jobs = Path(directory), list[Job]()
+        try:
+            jobs.extend(started(way, around, number, place) for number in range(many))
+            failed = first_failure(jobs)
+        finally:
+            for job in jobs:
+                job.kill()
+                job.wait()
+            signal.signal(signal.SIGTERM, before)
+        if failed is not None:
+            error = (place / f"{failed}.err").read_text(errors="replace")
+            sys.exit(f"rank {failed} of {many} failed:\n{error[-3000:]}")
+        return [json.loads((place / f"{n}.out").read_text().splitlines()[-1]) for n in range(many)]
+
+
+def started(way: str, around: Mapping[str, str], number: int, place: Path) -> Job:
+    """It writes into files: a full pipe that nobody reads would stop it, and all others with it."""
     command = [sys.executable, *sys.argv, "--threads", "1", "--way", way]
-    jobs = [
-        subprocess.Popen(
-            command,
-            env={**around, "RANK": str(number), "LOCAL_RANK": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(many)
-    ]
-    said = [job.communicate() for job in jobs]
-    for job, (_, error) in zip(jobs, said, strict=True):
-        if job.returncode:
-            sys.exit(f"a rank of {many} failed:\n{error[-3000:]}")
-    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+    env = {**around, "RANK": str(number), "LOCAL_RANK": str(number)}
+    with (place / f"{number}.out").open("wb") as out, (place / f"{number}.err").open("wb") as error:
+        return subprocess.Popen(command, env=env, stdout=out, stderr=error)
+
+
+def first_failure(jobs: Sequence[Job]) -> int | None:
+    """The number of the first that fails, while others may still wait for it; None when all are done."""
+    while True:
+        codes = [job.poll() for job in jobs]
+        for number, code in enumerate(codes):
+            if code:
+                return number
+        if None not in codes:
+            return None
+        time.sleep(0.05)
 
 
 def free_port() -> int:

@@ -140,7 +140,8 @@ def _sizes(student: Student) -> tuple[dict[str, Any], str]:
 def _widths(sizes: dict[str, Any]) -> Iterator[tuple[str, int, bool]]:
     """Name and width of what the linear layers of a block read and give, and whether one reads it."""
     known = {name: size for name, size in sizes.items() if type(size) is int and size > 0}
-    for name in ("hidden_size", "intermediate_size"):
+    experts = {"num_experts", "num_local_experts"} & known.keys()  # which are no linear layers of a block
+    for name in ("hidden_size",) if experts else ("hidden_size", "intermediate_size"):
         if name in known:
             yield name, known[name], True
     heads, hidden = known.get("num_attention_heads"), known.get("hidden_size")

@@ -11,13 +11,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 
 from llmkd import checkpoint, interrupt
 from llmkd.checkpoint import over, under
-from llmkd.errors import ModelError, Stopped
+from llmkd.errors import Stopped
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 def kept(blocks: Sequence[nn.Module], directory: Path, of: str) -> Iterator[None]:
     """While optimum quantizes these blocks: each is saved in `directory`, or taken from there if it is whole.
 
-    of: a digest of what is quantized, how and by which rows. Raises ModelError where another quantization's
-    blocks lie there, and Stopped after a block where a signal waits.
+    of: a digest of what is quantized, how and by which rows. A block of another quantization is said, left
+    aside and done anew, as a damaged one is. Raises Stopped after a block where a signal waits.
     """
     from optimum.gptq.quantizer import GPTQ
 
@@ -36,11 +35,19 @@ def kept(blocks: Sequence[nn.Module], directory: Path, of: str) -> Iterator[None
         deferring = stack.enter_context(ExitStack())
         deferring.enter_context(interrupt.deferred())
         keeper = _Keeper(blocks, directory, of, deferring)
-        stack.enter_context(patch.object(GPTQ, "fasterquant", keeper.around(GPTQ.fasterquant)))
+        replaced(stack, GPTQ, "fasterquant", keeper.around(GPTQ.fasterquant))
         for index, block in enumerate(blocks):
-            forward = partial(keeper.forward, index, block.forward)
-            stack.enter_context(patch.object(block, "forward", forward))
+            replaced(stack, block, "forward", partial(keeper.forward, index, block.forward))
         yield
+
+
+def replaced(stack: ExitStack, owner: Any, name: str, new: Any) -> None:
+    """An attribute, until the stack closes; where it is only inherited, it is inherited again."""
+    if name in vars(owner):
+        stack.callback(setattr, owner, name, vars(owner)[name])
+    else:
+        stack.callback(delattr, owner, name)
+    setattr(owner, name, new)
 
 
 class _Keeper:
@@ -70,10 +77,11 @@ class _Keeper:
             layer, config = task.module, task.qcfg
             name = self.layers[self.index][layer]
             if self.found:
-                found = under(name, self.tensors)  # copied, or they would hold on to the file that is mapped
-                found = {key: one.to(layer.weight.device, copy=True) for key, one in found.items()}
-                layer.weight.data = unpacked(found)
-                result: Any = (found["scale"], found["zero"], found["g_idx"])
+                device = layer.weight.device
+                # copied, or they would hold on to the file that is mapped
+                found = {key: one.clone() for key, one in under(name, self.tensors).items()}
+                layer.weight.data = unpacked(found).to(device)  # on the CPU, as `packed` tried it
+                result: Any = tuple(found[key].to(device) for key in ("scale", "zero", "g_idx"))
                 config.mock_quantization = self.found["mock"]
             else:
                 result = quantize(task, **settings)
@@ -89,9 +97,9 @@ class _Keeper:
         self.index, self.left = index, len(self.layers[index])
         self.tensors, self.found = checkpoint.read(self._place()) or ({}, None)
         if self.found and self.found["of"] != self.of:
-            raise ModelError(
-                f"{self.directory}: another quantization's blocks; remove that directory to begin anew"
-            )
+            told = "another quantization's, or by other libraries or another device"
+            print(f"{self._place()}: {told}, left aside: this block is done anew", flush=True)
+            self.tensors, self.found = {}, None
 
     def _end(self, config: Any) -> None:
         if not self.found:
@@ -111,14 +119,16 @@ class _Keeper:
 def packed(weight: Tensor, scale: Tensor, zero: Tensor, g_idx: Tensor) -> dict[str, Tensor]:
     """A quantized layer, on the CPU; its weight (out, in) a byte each, where that gives it back exactly.
 
-    scale and zero: (out, groups); g_idx: (in,), the group of each input.
+    scale and zero: (out, groups); g_idx: (in,), the group of each input. They may lie on several devices:
+    gptqmodel goes on on the CPU where a GPU's memory runs out, and brings only the weight back.
     """
+    weight, scale, zero, g_idx = (one.cpu() for one in (weight, scale, zero, g_idx))
     group = g_idx.long()
     codes = ((weight / scale[:, group]).round() + zero[:, group]).to(torch.uint8)
     found = {"codes": codes, "scale": scale, "zero": zero, "g_idx": g_idx}
     if not torch.equal(unpacked(found), weight):
         found = {"weight": weight, "scale": scale, "zero": zero, "g_idx": g_idx}
-    return {name: tensor.cpu() for name, tensor in found.items()}
+    return found
 
 
 def unpacked(tensors: dict[str, Tensor]) -> Tensor:

@@ -72,4 +72,4 @@ def _hear(number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
     name = signal.Signals(number).name
     # not print: it may be what the signal interrupted
-    os.write(2, f"{name}: stops after this step; again: at once\n".encode())
+    os.write(2, f"{name}: stops after this step or block; again in {SAME:.0f} s: at once\n".encode())

@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,8 @@ def quantize_gptq(
         trust_remote_code: whether Python code that lies in `model_dir` may be run; it then goes along.
         checkpoints: a directory in which each finished block is kept, a byte a weight. Called again with the
             same model, rows and settings after it was cut off, it goes on behind the last of them, to the
-            same bytes; on a signal it finishes its block and raises Stopped. The caller removes it.
+            same bytes; blocks of anything else, of other versions of the libraries or of another kind of
+            device are done anew. On a signal it finishes its block and raises Stopped. The caller removes it.
 
     Returns seconds, bytes before and after, calibration rows and tokens, the number of quantized layers
     and of their weights, and the relative weight errors |W - Q| / |W| (Frobenius): mean, max, worst layer.
@@ -132,8 +134,17 @@ def _write(
 
 
 def _made_from(model_dir: Path, settings: Mapping[str, Any], batches: Sequence[Batch]) -> str:
-    """sha256 of what a quantization is made from: a block of another one is not taken for its own."""
-    return sha(json.dumps([checkpoint_digest(model_dir), settings, batches], sort_keys=True).encode())
+    """sha256 of what a quantization is made from, and by what: no block of another is taken for its own."""
+    by = {name: version(name) for name in ("torch", "transformers", "optimum", "gptqmodel")}
+    by["device"] = _device()
+    return sha(json.dumps([checkpoint_digest(model_dir), settings, batches, by], sort_keys=True).encode())
+
+
+def _device() -> str:
+    """The kind of device on which optimum will quantize."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def _let_go() -> None:

@@ -10,14 +10,14 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
+import transformers.trainer
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from llmkd.steps import KeepBest, StepTrainer
 
+LOAD = "deepspeed_load_checkpoint"  # the Trainer's own, of DeepSpeed's checkpoints
 Found = tuple[dict[str, "Tensor"], dict[str, Any]]
 
 
@@ -178,7 +179,9 @@ class Saving(TrainerCallback):
             return
         with tempfile.TemporaryDirectory() as directory:
             (Path(directory) / "trainer_state.json").write_text(json.dumps(self.found[1]["trainer"]))
-            with patch("transformers.trainer.deepspeed_load_checkpoint"):  # its format is pickle
+            with ExitStack() as stack:
+                stack.callback(setattr, transformers.trainer, LOAD, getattr(transformers.trainer, LOAD))
+                setattr(transformers.trainer, LOAD, lambda *_, **__: None)  # its format is pickle
                 yield directory
 
 

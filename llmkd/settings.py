@@ -6,7 +6,7 @@ from typing import Any
 
 from llmkd.config import science
 from llmkd.schema import Config
-from llmkd.schema_models import Model
+from llmkd.schema_models import External, Lightgbm, Llm, Model
 
 
 def prepare_settings(config: Config) -> dict[str, Any]:
@@ -33,6 +33,7 @@ def pretrain_settings(config: Config, model: Model) -> dict[str, Any]:
         "group": config.folds.group,
     }
     text = text_settings(config, model)
+    text.pop("average_shifts", None)  # of what is cached, by which no weight is made
     if config.task.kind == "causal_lm":  # its phases read plain texts
         text = {"max_tokens": text["max_tokens"]}
     settings |= {"precision": config.precision, "text": text}
@@ -75,6 +76,14 @@ def text_settings(config: Config, model: Model) -> dict[str, Any]:
         "max_words": task.max_words,
         "extra": task.extra,
     }
+
+
+def teacher_settings(which: Llm | Lightgbm | External) -> dict[str, Any]:
+    """What a teacher says of itself; an average over no shifts is not there, as in a text's."""
+    settings = science(which)
+    if not settings.get("average_shifts"):
+        settings.pop("average_shifts", None)
+    return settings
 
 
 def model_settings(model: Model) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import gc
 import os
 from collections.abc import Iterable
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -289,7 +290,8 @@ def inference(model: nn.Module) -> Iterator[None]:
 def dev_log_loss(
     model: nn.Module, examples: Examples, rows: Rows, batch_tokens: int, precision: str
 ) -> float:
-    """Mean negative log-likelihood of the hard labels."""
+    """Mean negative log-likelihood of the hard labels; images as they are, averaged over no shifts."""
+    examples = replace(examples, copies=None)
     logits = torch.from_numpy(predict(model, examples, rows, batch_tokens, precision))
     labels = torch.from_numpy(examples.labels[rows])
     return float(torch.nn.functional.cross_entropy(logits, labels))

@@ -30,7 +30,15 @@ from llmkd.schema import Config
 from llmkd.schema_distill import Distill
 from llmkd.schema_models import External, Lightgbm, Llm, Model, Student
 from llmkd.schema_training import Training
-from llmkd.settings import model_settings, phases, prepare_settings, pretrain_settings, seed_of, text_settings
+from llmkd.settings import (
+    model_settings,
+    phases,
+    prepare_settings,
+    pretrain_settings,
+    seed_of,
+    teacher_settings,
+    text_settings,
+)
 from llmkd.tracking import Track
 
 TRAINING = set(Training.model_fields)
@@ -100,7 +108,7 @@ def teacher(config: Config, which: Llm | Lightgbm | External, fold: int) -> Reci
     """One fold's teacher; of a language model one cache of all rows serves every fold."""
     fold = 0 if config.task.kind == "causal_lm" else fold
     seed = seed_of(config, which) if isinstance(which, Llm) else config.seed
-    settings: dict[str, Any] = {"seed": seed, "teacher": science(which), "views": config.views}
+    settings: dict[str, Any] = {"seed": seed, "teacher": teacher_settings(which), "views": config.views}
     settings |= {"fold": fold}
     inputs = rows(config)
     if config.task.kind == "causal_lm":

@@ -3,8 +3,10 @@
 import argparse
 import importlib
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,6 +58,61 @@ def test_ranks_train_on_the_same_rows(load: Any, tmp_path: Path) -> None:
     ours, theirs = sides(row["note"])
     assert ours == pytest.approx(theirs, abs=2e-5)
     assert row["what"].endswith("2 ranks")
+
+
+@pytest.mark.slow
+def test_peers_take_the_same_steps_by_ranks(load: Any, tmp_path: Path) -> None:
+    peers = ["plain2", "plain2-ranks", "trainer", "trainer-ranks"]
+    told = ["--precision", "fp32", "--lr", "0.01", "--ranks", "2", "--peers", *peers]
+    rows = measured(load, "training", tmp_path / "rows", *told)
+    plain, plain_ranks, trainer, trainer_ranks = (sides(row["note"])[1] for row in rows)
+    assert plain_ranks == pytest.approx(plain, abs=2e-5)
+    assert trainer_ranks == pytest.approx(trainer, abs=2e-5)
+    assert [row["against"].split(", ")[-1] for row in rows] == ["2 threads", "2 ranks"] * 2
+
+
+def test_ranks_by_their_own_seconds_are_refused(load: Any) -> None:
+    with pytest.raises(SystemExit, match="--clock cpu with --ranks over 1"):
+        load("roof", "--ranks", "2", "--clock", "cpu").main()
+    with pytest.raises(SystemExit, match="add --ranks N"):
+        load("training", "--peers", "plain2-ranks").main()
+
+
+RANKS = """
+import os, sys, time
+from pathlib import Path
+number, place = os.environ["RANK"], Path(sys.argv[1])
+(place / number).write_text(str(os.getpid()))
+print("x" * 200_000, file=sys.stderr)
+while number == "0" or not (place / "0").exists():
+    time.sleep(0.01)
+sys.exit("no such thing")
+"""
+
+
+def test_one_failed_rank_ends_all(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS)
+    together = load("together").together
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "ranks.py"), str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"rank 1 of 2 failed:\nx+\nno such thing"):
+        together("any", 2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "0").read_text()), 0)
+
+
+def test_ranks_end_with_the_benchmark(load: Any, tmp_path: Path) -> None:
+    (tmp_path / "ranks.py").write_text(RANKS)
+    code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); from together import together\n"
+    code += f"sys.argv = [{str(tmp_path / 'ranks.py')!r}, {str(tmp_path)!r}]; together('any', 1)"
+    benchmark = subprocess.Popen([sys.executable, "-c", code])
+    until = time.monotonic() + 60
+    while not (tmp_path / "0").exists() or not (tmp_path / "0").read_text():
+        assert time.monotonic() < until, "the rank did not start"
+        time.sleep(0.01)
+    benchmark.terminate()
+    assert benchmark.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "0").read_text()), 0)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import pytest
 import tiny
 
 from llmkd import interrupt, libraries
-from llmkd.cli import forks, processes, run
+from llmkd.cli import forks, processes, run, states
 from llmkd.config import load
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="stages are forked on Linux alone")
 
 FACTS = """
 import json, os, pathlib, random, signal, sys
-import numpy, torch
+import numpy, scipy.linalg, sklearn.model_selection, torch
+from threadpoolctl import threadpool_info
 from llmkd import interrupt
 interrupt.heard  # the module, as stages import it
 facts = dict(
@@ -29,19 +31,22 @@ facts = dict(
     group=os.getpgrp() == os.getpid(), stdin=sys.stdin.read(), main=sys.modules["__main__"].__file__,
     handlers=[str(signal.getsignal(number)) for number in interrupt.SIGNALS], asked=interrupt.asked(),
     deferring=interrupt._deferring, blocked=sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
-    threads=torch.get_num_threads(), stdout=[sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__],
+    threads=torch.get_num_threads(),
+    pools={pool["filepath"]: pool["num_threads"] for pool in threadpool_info()},
+    stdout=[sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__],
 )
 seeds = [random.random(), numpy.random.rand(), torch.rand(1).item()]
 pathlib.Path(sys.argv[1]).write_text(json.dumps([facts, seeds]))
 """
+WAITING = "print('words'); import atexit; atexit.register(print, 'words at exit')"
 ENDINGS = {
     "well": ("print('words')", 0),
     "none": ("raise SystemExit", 0),
     "code": ("sys.exit(7)", 7),
     "long": ("sys.exit(260)", 4),
     "words": ("sys.exit('words')", 1),
-    "error": ("raise ValueError('words')", 1),
-    "interrupted": ("raise KeyboardInterrupt", -signal.SIGINT),
+    "error": (f"{WAITING}; raise ValueError('words')", 1),
+    "interrupted": (f"{WAITING}; raise KeyboardInterrupt", -signal.SIGINT),
     "killed": ("os.kill(os.getpid(), 9)", -signal.SIGKILL),
     "terminated": ("os.kill(os.getpid(), 15)", -signal.SIGTERM),
     "at exit": ("import atexit; atexit.register(print, 'words at exit')", 0),
@@ -57,7 +62,9 @@ def ended(start: processes.Start, script: Path, *words: str, **more: str) -> int
 
 
 def test_a_fork_is_as_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch  # noqa: F401  the fork's threads are set, the process's are read when it imports torch
+    # the fork's threads are set, the process's are read when it imports them
+    import sklearn.model_selection  # noqa: F401
+    import torch  # noqa: F401
 
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name)
@@ -69,6 +76,10 @@ def test_a_fork_is_as_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.M
         found.append(json.loads(note.read_text()))
         note.unlink()
     facts = [facts for facts, _ in found]
+    pools = [fact.pop("pools") for fact in facts]
+    assert set(pools[2].values()) == {2}
+    assert len(pools[2]) > 2, "numpy's, scipy's and torch's at least"
+    assert [pool | pools[2] for pool in pools[:2]] == pools[:2], "this process may have more of them"
     assert facts[0] == facts[1] == facts[2]
     assert facts[0]["threads"] == 2
     assert all(len({seeds[place] for _, seeds in found}) == 3 for place in range(3)), "each has its own"
@@ -76,8 +87,9 @@ def test_a_fork_is_as_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("body", "code"), ENDINGS.values(), ids=ENDINGS)
 def test_a_fork_ends_as_a_process_does(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], body: str, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], body: str, code: int
 ) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     script = tmp_path / "stage.py"
     script.write_text(f"import os, sys, threading\n{body}\n")
     said = []
@@ -139,16 +151,69 @@ def test_threads_that_a_fork_would_be_without_rule_it_out() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_fork_that_fails_and_a_thread_that_ends_rule_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(path: Path) -> str:
+        raise ProcessLookupError(3, "No such process")
+
+    def full() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", gone)
+        assert not forks.ready(())
+    monkeypatch.setattr(os, "fork", full)
+    assert not forks.ready(())
+
+
+def test_a_warning_of_threads_does_not_lose_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork = os.fork
+
+    def warned() -> int:  # as from Python 3.12 on
+        if pid := fork():
+            warnings.warn("this process is multi-threaded", DeprecationWarning, stacklevel=2)
+        return pid
+
+    monkeypatch.setattr(os, "fork", warned)
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    (tmp_path / "stage.py").write_text(
+        "import warnings\nassert any(how[0] == 'error' for how in warnings.filters)"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        forks.ready(())
+        assert ended(forks.start, tmp_path / "stage.py") == 0
+
+
 def test_libraries_are_imported_for_what_is_due_alone(finished: Path) -> None:
-    def needed(stage: str, *overrides: str) -> Any:
-        return run.needed(load(tiny.CONFIG, [f"run={finished}", *overrides]), stage, {})
+    def needed(stage: str, *overrides: str, **flags: list[str]) -> Any:
+        return run.needed(load(tiny.CONFIG, [f"run={finished}", *overrides]), stage, flags)
 
     assert not any(needed(stage) for stage in ("prepare", "pretrain", "teachers", "distill", "evaluate"))
     assert needed("prepare", "seed=9") == libraries.ROWS
     assert needed("distill", "distill.epochs=3") == libraries.ALL
     assert needed("merge", "distill.epochs=3") == (), "its inputs are stale, which the stage will tell"
     assert needed("teachers", "run=/nowhere") == ()
+    assert needed("teachers", "teachers.qwen.epochs=9", teacher=["qwen"], fold=["1"]) == libraries.ALL
+    assert needed("teachers", "teachers.qwen.epochs=9", teacher=["llama"]) == ()
+    assert needed("distill", "distill.epochs=3", model=["llama"]) == libraries.ALL, "of another stage"
     assert run.needed(load(tiny.CONFIG), "evaluate", {"artifact": ["a"]}) == libraries.ALL
+
+
+def test_what_a_stages_flags_leave_of_its_units() -> None:
+    def meant(unit: str, **only: str) -> bool:
+        return states.meant(unit, {flag: [value] for flag, value in only.items()})
+
+    assert meant("merge")
+    assert meant("pretrain/gemma", model="gemma")
+    assert not meant("pretrain/gemma", model="llama")
+    assert meant("distill/gemma-baseline/fold1", student="gemma", only="baseline", fold="1")
+    assert not meant("distill/gemma-baseline/fold1", only="student")
+    assert not meant("distill/gemma-baseline/fold1", fold="0")
+    assert not meant("distill/gemma/fold1", only="baseline")
+    assert not meant("distill/gemma/fold1", student="llama")
 
 
 def test_a_finished_run_begun_again_imports_no_library(finished: Path) -> None:

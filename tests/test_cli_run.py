@@ -122,6 +122,17 @@ def test_parts_run_side_by_side_before_their_stage(stages: Path) -> None:
     assert [note["threads"] for note in begun] == [share] * 4 + [None]
 
 
+def test_the_cores_where_the_system_does_not_tell_which_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert processes.surroundings(2)["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert processes.surroundings(2)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert processes.surroundings(2)["OMP_NUM_THREADS"] == "5"
+
+
 def test_parts_of_the_other_stages() -> None:
     config = load(tiny.CONFIG)
     assert run.parts(config, "pretrain") == [["--model", name] for name in ("llama", "qwen", "gemma")]

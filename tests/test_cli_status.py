@@ -155,6 +155,20 @@ def test_a_training_that_was_stopped(copy: Path, capsys: pytest.CaptureFixture[s
     assert status(capsys, copy, "distill.epochs=9")["03_distill/gemma/fold0"]["state"] == "missing"
 
 
+def test_a_quantization_that_was_stopped(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unit = copy / "05_quantize"
+    mark = json.loads((unit / "manifest.json").read_text())["fingerprint"]
+    shutil.rmtree(unit)
+    saved = unit.with_name("05_quantize.partial") / "checkpoint"
+    for block in (1, 2):
+        (saved / "gptq" / f"block{block}").mkdir(parents=True)
+        (saved / "gptq" / f"block{block}" / f"step{block:09}-{'0' * 64}.safetensors").touch()
+    (saved / "fingerprint").write_text(mark)
+    found = status(capsys, copy)["05_quantize"]
+    assert found["state"] == "stopped"
+    assert found["reason"].startswith("2 blocks quantized, the last saved 20")
+
+
 def test_status_loads_no_torch(finished: Path) -> None:
     words = ["status", "--config", str(tiny.CONFIG), f"run={finished}"]
     said = f"import sys; from llmkd.cli import main; main({words!r}); print('torch' in sys.modules)"

@@ -115,6 +115,8 @@ def test_crosschecks(overrides: list[str], message: str) -> None:
             "multiples of 32, and hidden_size of {} is 100; choose another model, or set quantize: null",
         ),
         ({"intermediate_size": 192}, "group_size = 128: must divide intermediate_size of {} = 192"),
+        ({"intermediate_size": 192, "num_experts": 8}, None),  # the width of its experts, which are kept
+        ({"intermediate_size": 192, "num_local_experts": 8}, None),
         ({"num_key_value_heads": 1, "head_dim": 16}, "num_key_value_heads x head_dim of {} is 16; choose"),
         (
             {"num_attention_heads": 12, "head_dim": 16},

@@ -25,6 +25,9 @@ LEFT_OUT = {
     "python benchmarks --prefs prefs.parquet --imdb imdb.parquet --environments DIRECTORY": (
         "hours, and environments made by pip; it is executed with --quick instead"
     ),
+    "python benchmarks --short --threads 4 --prefs prefs.parquet --imdb imdb.parquet --environments DIRECTORY": (  # noqa: E501
+        "the same, of 25 minutes"
+    ),
     "pip install wandb": "wants a package index; a package that notes its calls stands in",
     "pip install mlflow": "the same",
     "wandb login": "wants an account",

@@ -89,6 +89,21 @@ def adapted(base: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     return add_lora(load(base, dtype), r=4, alpha=8)
 
 
+def test_peft_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import awq, gptq
+
+    def asked() -> bool:
+        raise AssertionError("asking imports gptqmodel")
+
+    for module in (awq, gptq):
+        monkeypatch.setattr(module, "is_gptqmodel_available", asked)
+    base = saved_base("llama", tmp_path / "llama")
+    adapted(base)
+    with pytest.raises(ValueError, match="No modules were targeted"):
+        add_lora(load(base), r=4, alpha=8, targets=["nowhere"])
+    assert {awq.is_gptqmodel_available, gptq.is_gptqmodel_available} == {asked}
+
+
 def test_what_is_trained_is_float32_over_a_bf16_base(base: Path) -> None:
     model = adapted(base, torch.bfloat16)
     assert {parameter.dtype for parameter in trainable(model).values()} == {torch.float32}

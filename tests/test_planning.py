@@ -252,6 +252,20 @@ def test_every_shipped_config_can_be_planned(path: Path, monkeypatch: pytest.Mon
     assert sum(line.startswith("03") for line in lines) == sum(job["stage"] == "03" for job in found["jobs"])
 
 
+def test_a_teacher_s_average_over_shifts_is_a_pass_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its logits are cached; its training and the student do as much as without it."""
+    monkeypatch.chdir(tiny.ROOT)
+    rows = {"task.train": 10_000, "task.test": 1000}
+    asked = (f"teachers.large.average_shifts={most}" for most in (0, 2))
+    plain, averaged = (plan(configs.load("configs/mnist.yaml", [one]), rows=rows) for one in asked)
+    for one, other in zip(plain["jobs"], averaged["jobs"], strict=True):
+        times = 25 if (one["stage"], one["what"]) == ("02", "logits") else 1
+        for name in ("tokens", "flops"):
+            assert other[name] == pytest.approx(times * one[name]), (one["stage"], one["what"])
+        assert other["disk"] == one["disk"]
+    assert averaged["totals"]["flops"] > plain["totals"]["flops"]
+
+
 def lmsys(monkeypatch: pytest.MonkeyPatch, *overrides: str, **more: Any) -> dict[str, Any]:
     monkeypatch.chdir(tiny.ROOT)
     config = configs.load("configs/lmsys.yaml", overrides)

@@ -7,16 +7,18 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 from test_ways import all_stages, logged
 
-from llmkd import logits
+from llmkd import logits, units
 from llmkd.config import load
 from llmkd.loading import examples_of, load_base
 from llmkd.models.lora import load_trained
 from llmkd.settings import text_settings
-from llmkd.train import predict
+from llmkd.train import dev_log_loss, predict
 
+NONE = "teachers.big.average_shifts=0"
 IMAGES = """
 run: {root}/run
 precision: fp32
@@ -118,3 +120,35 @@ def test_an_average_over_shifts_is_in_its_teacher_s_fingerprint_alone(image_run:
     big, small = averaged.models
     assert text_settings(averaged, big) == {"shift": 0, "average_shifts": 1}
     assert text_settings(averaged, small) == text_settings(plain, plain.models[0]) == {"shift": 0}
+
+
+def test_an_average_over_shifts_makes_the_teacher_anew_and_no_model_to_start_from(
+    image_run: tuple[Path, Path],
+) -> None:
+    """An average over none is not in a fingerprint at all."""
+    path, _ = image_run
+    assert tiny.stage("00_prepare", config=path) == 0
+    assert tiny.stage("01_pretrain", config=path) == 0
+    left, plain, averaged = (load(path, words) for words in ([], [NONE], ["teachers.big.average_shifts=1"]))
+    marks = [units.pretrained(one, one.models[0]).mark for one in (left, plain, averaged)]
+    assert len(set(marks)) == 1
+    made = [units.teacher(one, one.teachers[0], 0) for one in (left, plain, averaged)]
+    assert made[0].mark == made[1].mark != made[2].mark
+    assert "average_shifts" not in json.dumps(made[1].settings)
+
+
+def test_an_average_over_shifts_changes_no_weight(image_run: tuple[Path, Path]) -> None:
+    """Which of a teacher's states is kept is told by development rows as they are."""
+    path, _ = image_run
+    config, labels = load(path, ["teachers.big.average_shifts=2"]), ["dark", "light"]
+    for stage in ("00_prepare", "01_pretrain"):
+        assert tiny.stage(stage, config=path) == 0
+    table = pq.read_table(Path(config.run) / "00_prepare" / "rows.parquet")
+    source = str(Path(config.run) / "01_pretrain/big/model")
+    network, spec = load_base(config, config.models[0], source, labels, "fp32")
+    averaged, plain = (examples_of(config, model, table, spec) for model in config.models)
+    rows = np.arange(40)
+    assert averaged.copies is not None
+    assert not np.allclose(predict(network, averaged, rows, 64), predict(network, plain, rows, 64), atol=1e-3)
+    scores = [dev_log_loss(network, examples, rows, 64, "fp32") for examples in (averaged, plain)]
+    assert scores[0] == scores[1]

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partialmethod
@@ -21,7 +22,7 @@ from typing import NoReturn
 from llmkd import interrupt, libraries
 from llmkd.cli.processes import STDERR, mortal
 
-DEVICES = ("nvidia*", "kfd", "dxg")  # of CUDA, of ROCm, of CUDA under WSL
+DEVICES = ("nvidia*", "kfd", "dxg")  # of CUDA, of ROCm, of CUDA under WSL; others are not known
 OUTLIVING = "jemalloc_bg_thd"  # Arrow's allocator, which knows of forks and begins it anew in each
 
 
@@ -50,7 +51,7 @@ class Fork:
 
 
 def possible(devices: Path = Path("/dev")) -> bool:
-    """Whether stages may be forks here: on Linux, from a process of one thread, without a GPU.
+    """Whether stages may be forks here: on Linux, from a process of one thread, without an NVIDIA or AMD GPU.
 
     Libraries may ask a GPU's driver for its devices while they are imported, and no fork survives that.
     """
@@ -59,15 +60,19 @@ def possible(devices: Path = Path("/dev")) -> bool:
 
 
 def ready(modules: Sequence[str]) -> bool:
-    """Import what the next stage needs. False where that has left threads which a fork would be without."""
+    """Import what the next stage needs. False where that has left threads which a fork would be without,
+    and where the system has no room for a further process."""
     libraries.load(modules)
     if threading.active_count() > 1:
         return False
-    if not (pid := os.fork()):  # threads that know of forks, as OpenBLAS's do, end before one
-        os._exit(0)
-    os.waitpid(pid, 0)
-    threads = Path("/proc/self/task").glob("*/comm")
-    return sum(path.read_text().strip() != OUTLIVING for path in threads) == 1
+    try:
+        if not (pid := _fork()):  # threads that know of forks, as OpenBLAS's do, end before one
+            os._exit(0)
+        os.waitpid(pid, 0)
+        threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    except OSError:  # no fork, or a thread that ended while it was looked at
+        return False
+    return sum(name != OUTLIVING for name in threads) == 1
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], quiet: bool) -> Fork:
@@ -78,13 +83,21 @@ def start(command: Sequence[str], environment: Mapping[str, str], quiet: bool) -
     bound = mortal(os.getpid())
     before = signal.pthread_sigmask(signal.SIG_BLOCK, interrupt.SIGNALS)  # until its handlers are its own
     try:
-        pid = os.fork()
+        pid = _fork()
         if not pid:
             _become(command, environment, quiet, bound)
         os.setpgid(pid, pid)  # here and there: whichever comes first
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return Fork(pid)
+
+
+def _fork() -> int:
+    """From Python 3.12 on `os.fork` warns of threads, Arrow's among them: in the parent, when the child lives
+    already, which would be lost to sight where warnings are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def _become(
@@ -98,14 +111,19 @@ def _become(
         _streams(quiet)
         _adopt(environment)
         code = _run(command)
-        threading._shutdown()  # type: ignore[attr-defined]  # as an interpreter ends: threads, then exits
+        # As an interpreter ends: threads, then exits. Python has no public name for either; its own forks, in
+        # multiprocessing.process, call the first. Those that the parent has registered run here as well.
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
         sys.stdout.flush()
     except BaseException:
         traceback.print_exc()
         code = code or 1
     finally:
-        os._exit(code)
+        if code == -signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(code & 0xFF)
 
 
 def _streams(quiet: bool) -> None:
@@ -119,10 +137,10 @@ def _adopt(environment: Mapping[str, str]) -> None:
     """The environment, with those of its words that libraries read while they are imported; random seeds."""
     given = {name: word for name, word in environment.items() if name not in os.environ}
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in given:
+        _limit(int(given["OMP_NUM_THREADS"]), environment)
     if torch := sys.modules.get("torch"):
         torch.default_generator.seed()  # each its own, as any process; Python's own sees to it itself
-        if "OMP_NUM_THREADS" in given and "MKL_NUM_THREADS" not in environment:  # torch asks MKL first
-            torch.set_num_threads(int(given["OMP_NUM_THREADS"]))
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
     if "tqdm" in sys.modules and "TQDM_DISABLE" in given:
@@ -130,8 +148,22 @@ def _adopt(environment: Mapping[str, str]) -> None:
         bar.__init__ = partialmethod(bar.__init__, disable=True)
 
 
+def _limit(threads: int, environment: Mapping[str, str]) -> None:
+    """What OMP_NUM_THREADS would have been to OpenMP, OpenBLAS and torch, had they not been imported yet.
+    Names that they ask before it stand."""
+    torch = sys.modules.get("torch")
+    torch_threads = torch.get_num_threads() if torch and "MKL_NUM_THREADS" in environment else threads
+    if "numpy" in sys.modules:
+        from threadpoolctl import threadpool_limits
+
+        pools = ("openmp",) if "OPENBLAS_NUM_THREADS" in environment else ("openmp", "blas")
+        threadpool_limits(dict.fromkeys(pools, threads))
+    if torch:
+        torch.set_num_threads(torch_threads)
+
+
 def _run(command: Sequence[str]) -> int:
-    """A script as `python` would run it. Returns its exit code."""
+    """A script as `python` would run it. Returns its exit code, -SIGINT after a Ctrl-C."""
     sys.argv = list(command)
     sys.path[0] = str(Path(command[0]).resolve().parent)
     try:
@@ -142,8 +174,7 @@ def _run(command: Sequence[str]) -> int:
             return (error.code or 0) & 0xFF
         print(error.code, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except BaseException as error:
         traceback.print_exc()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     return 0

@@ -60,10 +60,15 @@ def surroundings(jobs: int) -> dict[str, str]:
     beside, path = Path(sys.executable).parent, os.environ.get("PATH", os.defpath)
     found = {**os.environ, "PATH": f"{beside}{os.pathsep}{path}"}
     if jobs > 1:
-        found.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
+        found.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
     if jobs > 1 or not sys.stderr.isatty():
         found.setdefault("TQDM_DISABLE", "1")
     return found
+
+
+def cores() -> int:
+    """Those that this process may use, or where the system does not tell (macOS), all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], quiet: bool) -> subprocess.Popen[bytes]:

@@ -1,9 +1,9 @@
 """All stages of a config, or those named; finished work is skipped, and the same command goes on.
 
 Stages: prepare, pretrain, teachers, distill, merge, quantize, evaluate. Each is a process of its own; where
-that is safe (on Linux, without a GPU or --launch) libraries are imported once for all of them. The first
-that fails ends the run with its exit code; Ctrl-C and SIGTERM are passed on, and what can be gone on with is
-saved, also (on Linux) where this command itself is killed.
+that is safe (on Linux, without --launch or an NVIDIA or AMD GPU) libraries are imported once for all of them.
+The first that fails ends the run with its exit code; Ctrl-C and SIGTERM are passed on, and what can be gone
+on with is saved, also (on Linux) where this command itself is killed.
 """
 
 import argparse
@@ -104,7 +104,8 @@ def needed(config: "Config", name: str, own: Mapping[str, Sequence[str]]) -> Seq
     from llmkd import libraries
     from llmkd.cli.states import due
 
-    if "artifact" not in own and not due(config, STAGES[name]):
+    mine = {flag: own[flag] for flag in OWN.get(name, ()) if flag in own}
+    if "artifact" not in mine and not due(config, STAGES[name], mine):
         return ()
     return libraries.ROWS if name == "prepare" else libraries.ALL
 

@@ -4,7 +4,7 @@ import fcntl
 import json
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -60,16 +60,25 @@ def everything(config: Config) -> Iterator[tuple[str, Make]]:
         yield EVALUATE, partial(units.evaluated, config)
 
 
-def due(config: Config, stage: str) -> bool:
-    """Whether a unit of a stage is to be made now. What it lacks, or is damaged, the stage itself tells."""
+def due(config: Config, stage: str, only: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a unit of a stage is to be made now, of those that its flags leave: `only`, flag -> values.
+    What it lacks, or is damaged, the stage itself tells."""
     for name, make in everything(config):
         directory = Path(config.run) / name
-        if name.split("/")[0] == stage:
+        if name.split("/")[0] == stage and meant(name, only):
             with suppress(LlmkdError):
                 mark = make().mark
                 if not (directory / run.MANIFEST).is_file() or run.manifest(directory)["fingerprint"] != mark:
                     return True
     return False
+
+
+def meant(unit: str, only: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a stage's flags leave a unit: `stage`, `stage/name` or `stage/name[-baseline]/fold0`."""
+    whole, _, fold = unit.partition("/")[2].partition("/fold")
+    name, kind = whole.removesuffix("-baseline"), "baseline" if whole.endswith("-baseline") else "student"
+    has = {"model": whole, "teacher": whole, "student": name, "only": kind, "fold": fold}
+    return all(has[flag] in values for flag, values in only.items())
 
 
 def state(directory: Path, make: Make, before: Mapping[str, str]) -> dict[str, Any]:
@@ -148,12 +157,14 @@ def held_by(directory: Path) -> str | None:
 
 
 def checkpoint(directory: Path, recipe: units.Recipe | None) -> str | None:
-    """When the newest checkpoint of an unfinished unit was saved, and its step; none of another config."""
+    """When an unfinished unit's newest checkpoint was saved, and its step or block; none of another's."""
     place = directory.with_name(directory.name + ".partial") / run.CHECKPOINT
     note, files = place / "fingerprint", list(place.rglob("*.safetensors"))
     if not files or not note.is_file() or (recipe and note.read_text(encoding="utf-8") != recipe.mark):
         return None
     newest = max(files, key=lambda path: path.stat().st_mtime)
     saved = time.strftime("%F %T %Z", time.localtime(newest.stat().st_mtime))
+    if newest.parent.parent.name == "gptq":
+        return f"{len(files)} blocks quantized, the last saved {saved}"
     step = newest.name.removeprefix("step").split("-")[0].lstrip("0") or "0"
     return f"checkpoint of {newest.parent.name} at step {step}, saved {saved}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +47,7 @@ def add_lora(
     adapter in float32 whatever the base is held in.
     """
     from peft import LoraConfig, TaskType, get_peft_model
-    from peft.tuners.lora import awq, gptq
 
-    # peft imports gptqmodel to ask whether a layer is its own: half a second, and until someone has, none is
-    awq.is_gptqmodel_available = gptq.is_gptqmodel_available = lambda: "gptqmodel" in sys.modules
     heads = [] if causal else head_modules(model)
     config = LoraConfig(
         r=r,
@@ -59,12 +58,26 @@ def add_lora(
         exclude_modules=rf"({'|'.join(map(re.escape, heads))})(\..*)?" if heads else None,
         task_type=TaskType.CAUSAL_LM if causal else TaskType.SEQ_CLS,
     )
-    adapted = get_peft_model(model, config)
+    with _without_gptqmodel():
+        adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     fuse(adapted)
     return adapted
+
+
+@contextmanager
+def _without_gptqmodel() -> Iterator[None]:
+    """peft imports gptqmodel to ask whether a layer is its: half a second, and until someone has, none is."""
+    from peft.tuners.lora import awq, gptq
+
+    before = awq.is_gptqmodel_available, gptq.is_gptqmodel_available
+    awq.is_gptqmodel_available = gptq.is_gptqmodel_available = lambda: "gptqmodel" in sys.modules
+    try:
+        yield
+    finally:
+        awq.is_gptqmodel_available, gptq.is_gptqmodel_available = before
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

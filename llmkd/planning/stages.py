@@ -104,6 +104,8 @@ def teaching(plan: Plan, teacher: Any) -> Iterator[Job]:
     yield replace(job, known=known, keys=keys)
     views = seen(plan, teacher, [*config.views, "test", "transfer"])
     logits = run_over(plan, "02", teacher.name, "logits", teacher, way, teacher.batch_tokens, views, True)
+    passes = (2 * teacher.average_shifts + 1) ** 2  # one for each shift that the cached logits are a mean of
+    logits = replace(logits, tokens=passes * logits.tokens, flops=passes * logits.flops)
     known = plan.known(teacher, "train", "test", "transfer")
     yield replace(repeated(logits, times), known=known, keys=keys)
 

@@ -4,6 +4,9 @@ What is whole is kept, what is half is made anew, and the unit ends as the one t
 """
 
 import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import pytest
 import tiny
 from conftest import STAGES
 
-from llmkd import capture, checkpoint, resume, run
+from llmkd import capture, checkpoint, resume, run, shards
 from llmkd.verify import verify_run
 
 
@@ -126,6 +129,48 @@ def test_a_capture_of_next_tokens_keeps_its_finished_shards(
     assert made == list(range(2, made[-1] + 1))
     units = [tmp_path / name / "02_teachers" / "big" / "fold0" for name in ("run", "undisturbed")]
     assert run.told(run.manifest(units[0])) == run.told(run.manifest(units[1])), "byte by byte"
+
+
+@pytest.mark.slow
+def test_a_capture_of_next_tokens_that_kill_9_ended_goes_on_behind_its_last_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real process, killed while its third shard lay there without its entry, and again in its fourth."""
+    config = bad.texts(tmp_path)
+    for stage in STAGES[:2]:
+        assert tiny.stage(stage, config=config) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "undisturbed")
+    half = tmp_path / "run" / "02_teachers" / "big" / "fold0.partial"
+    script = [str(tiny.ROOT / "stages" / "02_teachers.py"), "--config", str(config)]
+    before: dict[str, tuple[int, bytes]] = {}
+    for index in (2, 3):
+        dying = [sys.executable, str(Path(__file__).with_name("killed_capture.py")), "100", str(index)]
+        done = subprocess.run([*dying, *script], check=False, capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        found = shards_of(half)
+        assert sum(name.endswith(".json") for name in found) == index
+        assert sum(name.endswith(".safetensors") for name in found) == index + 1
+        assert before.items() <= found.items(), "made again"
+        before = {name: found[name] for name in found if int(name[6:11]) < index}
+        assert len(before) == 2 * index
+    monkeypatch.setattr(capture, "cache_teacher", partial(capture.cache_teacher, shard_tokens=100))
+    for name in ("run", "undisturbed"):
+        assert tiny.stage("02_teachers", f"run={tmp_path / name}", config=config) == 0
+    units = [tmp_path / name / "02_teachers" / "big" / "fold0" for name in ("run", "undisturbed")]
+    assert before.items() <= shards_of(units[0]).items(), "made again"
+    cached = [{name: data for name, (_, data) in shards_of(unit).items()} for unit in units]
+    assert cached[0] == cached[1], "byte by byte"
+    assert run.told(run.manifest(units[0])) == run.told(run.manifest(units[1]))
+    rows = pq.read_table(tmp_path / "run" / "00_prepare" / "rows.parquet")
+    ids = [id for path in sorted(units[0].rglob("shard-*.safetensors")) for id in shards._ids(path)]
+    assert len(cached[0]) > 2 * 4, "some shards were made after both"
+    assert sorted(ids) == sorted(rows["id"].to_pylist())
+
+
+def shards_of(unit: Path) -> dict[str, tuple[int, bytes]]:
+    """Time and bytes of a cache's files, by name."""
+    files = sorted(unit.rglob("shard-*"))
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from conftest import STAGES
 
 from llmkd import checkpoint, interrupt, run
 from llmkd.digests import file_entry
-from llmkd.errors import ModelError, Stopped
-from llmkd.gptq_blocks import packed, unpacked
+from llmkd.errors import Stopped
+from llmkd.gptq_blocks import packed, replaced, unpacked
 from llmkd.quantize import quantize_gptq
 
 BLOCKS, LAYERS = 3, 7
@@ -112,6 +113,43 @@ def test_a_weight_that_codes_do_not_give_back_is_kept_as_it_is() -> None:
         assert torch.equal(unpacked(found), weight[row])
 
 
+def test_a_layer_is_packed_where_its_parts_lie_on_several_devices() -> None:
+    """gptqmodel leaves scales on the CPU where a GPU's memory runs out."""
+    import torch
+
+    class Elsewhere(torch.Tensor):
+        """On a device that meets no other: nothing but a copy to the CPU is to be had of it."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is not torch.Tensor.cpu:
+                raise RuntimeError("Expected all tensors to be on the same device")
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0].cpu().as_subclass(torch.Tensor)
+
+    weight = torch.tensor([[1.0, 2.0]])
+    parts = torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(2, dtype=torch.int32)
+    found = packed(weight.as_subclass(Elsewhere), *parts)
+    assert torch.equal(unpacked(found), weight)
+    found = packed(weight, *(one.as_subclass(Elsewhere) for one in parts))
+    assert torch.equal(unpacked(found), weight)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_block_s_forward_is_its_own_again(own: bool) -> None:
+    """Also where it lay in the block itself, as accelerate's hooks lay it."""
+    from torch import nn
+
+    block = nn.Linear(2, 2)
+    if own:
+        block.forward = str  # type: ignore[method-assign,assignment]
+    before = dict(vars(block))
+    with ExitStack() as stack:
+        replaced(stack, block, "forward", int)
+        assert block.forward is int
+    assert vars(block) == before
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "half-written", "gone"])
 def test_a_damaged_block_is_done_again(
     damage: str, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -135,19 +173,35 @@ def test_a_damaged_block_is_done_again(
     assert said == (damage in ("flipped", "cut"))
 
 
-@pytest.mark.parametrize("changed", ["rows", "settings", "model"])
-def test_blocks_of_another_quantization_are_refused(
-    changed: str, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changed", ["rows", "settings", "model", "versions", "device"])
+def test_blocks_of_another_quantization_are_done_anew(
+    changed: str,
+    merged: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    kill(1, merged, tmp_path / "half", tmp_path / "kept")
+    """Each is said, and not one is taken, also behind such as are this quantization's own by then."""
+    with monkeypatch.context() as patch:
+        if changed == "versions":
+            patch.setattr("llmkd.quantize.version", lambda name: "0" + version(name))
+        if changed == "device":
+            patch.setattr("llmkd.quantize._device", lambda: "another")
+        kill(2, merged, tmp_path / "half", tmp_path / "kept")
     if changed == "rows":
         monkeypatch.setattr(sys.modules[__name__], "ROWS", ROWS[:-1])
     if changed == "model":
         merged = Path(shutil.copytree(merged, tmp_path / "other"))
         tiny.classifier("gemma2", 1, num_hidden_layers=BLOCKS, sliding_window=8).save_pretrained(merged)
-    with pytest.raises(ModelError, match=r"kept: another quantization's blocks; remove .* begin anew\Z"):
-        quantized(merged, tmp_path / "out", tmp_path / "kept", damp=0.2 if changed == "settings" else 0.1)
-    assert not (tmp_path / "out").exists()
+    damp = 0.2 if changed == "settings" else 0.1
+    whole = quantized(merged, tmp_path / "whole", damp=damp)
+    capsys.readouterr()
+    kill(1, merged, tmp_path / "half", tmp_path / "kept", damp=damp)
+    with calls() as asked:
+        assert quantized(merged, tmp_path / "out", tmp_path / "kept", damp=damp) == whole
+    assert asked == [2 * LAYERS]
+    said = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines() if "left aside" in line]
+    assert said == [str(tmp_path / "kept" / f"block{block}") for block in (1, 2)]
 
 
 @pytest.mark.parametrize(("number", "block"), [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGTERM, 3)])

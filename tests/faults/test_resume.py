@@ -245,11 +245,12 @@ def test_a_signal_where_nothing_is_to_be_saved_is_heard_at_once() -> None:
 
 
 def test_a_second_signal_ends_at_once_unless_a_launcher_passed_the_first_on(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sent = list[tuple[int, int]]()
     with interrupt.heard(), interrupt.deferred():
         signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err == "SIGINT: stops after this step or block; again in 3 s: at once\n"
         monkeypatch.setattr(os, "kill", lambda *one: sent.append(one))
         signal.raise_signal(signal.SIGTERM)
         assert (interrupt.asked(), sent) == (signal.SIGINT, [])
