@@ -70,6 +70,7 @@ def test_a_fork_is_as_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.delenv(name)
     (tmp_path / "stage.py").write_text(FACTS)
     found: list[Any] = []
+    given = {**processes.surroundings(1), "OMP_NUM_THREADS": "2"}
     for start in (forks.start, forks.start, processes.start):
         note = tmp_path / "note"
         assert ended(start, tmp_path / "stage.py", str(note), OMP_NUM_THREADS="2") == 0
@@ -80,6 +81,8 @@ def test_a_fork_is_as_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     assert set(pools[2].values()) == {2}
     assert len(pools[2]) > 2, "numpy's, scipy's and torch's at least"
     assert [pool | pools[2] for pool in pools[:2]] == pools[:2], "this process may have more of them"
+    # libraries add words of their own while they are imported, wherever that was
+    assert all(given.items() <= fact.pop("environment").items() for fact in facts)
     assert facts[0] == facts[1] == facts[2]
     assert facts[0]["threads"] == 2
     assert all(len({seeds[place] for _, seeds in found}) == 3 for place in range(3)), "each has its own"
