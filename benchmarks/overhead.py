@@ -43,7 +43,7 @@ def main() -> None:
     found.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of the config")
     asked = found.parse_args()
     if asked.quick:
-        asked.config = "tests/tiny.yaml"
+        asked.config, asked.set = "tests/tiny.yaml", []  # its overrides are of the demo
     os.chdir(ROOT)
     if asked.way:
         name, run = asked.way.split(",")

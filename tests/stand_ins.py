@@ -132,7 +132,7 @@ def files(place: Path) -> None:
     texts(160, 16).rename(columns={"sentence": "review"}).to_csv(place / "reviews.csv", index=False)
     texts(20, 17).rename(columns={"sentence": "review"}).to_csv(place / "new.csv", index=False)
     pairs(60, 19).to_parquet(place / "prefs.parquet")
-    for name in ("train", "validation"):
+    for name in ("train", "validation", "imdb"):
         texts(120, 20).rename(columns={"sentence": "text"}).to_parquet(place / f"{name}.parquet")
     pairs(20, 18).drop(columns="label").to_csv(place / "rows.csv", index=False)
     (place / "hostfile").write_text("node1 slots=1\nnode2 slots=1\n")
