@@ -66,7 +66,7 @@ docs-check: install
 	$(BIN)/python -m pytest -q -n 2 -m "slow or not slow" -o faulthandler_timeout=0 tests/test_docs.py tests/test_docs_run.py
 # Side by side with what people would use instead; a table in the end.
 # ARGS="--quick" shows that they run; ARGS="--prefs a.parquet --imdb b.parquet --environments DIRECTORY" measures
-# (hours; some 25 minutes on 4 cores with --short --threads 4)
+# (hours; less with --short --threads 4)
 bench: install
 	$(BIN)/python benchmarks $(ARGS)
 # kill -9 at random moments, start again, compare with the run that nothing disturbed; a checkpoint each step

@@ -26,7 +26,7 @@ LEFT_OUT = {
         "hours, and environments made by pip; it is executed with --quick instead"
     ),
     "python benchmarks --short --threads 4 --prefs prefs.parquet --imdb imdb.parquet --environments DIRECTORY": (  # noqa: E501
-        "the same, of 25 minutes"
+        "the same, with fewer rows"
     ),
     "pip install wandb": "wants a package index; a package that notes its calls stands in",
     "pip install mlflow": "the same",
