@@ -8,6 +8,7 @@ So backward has nothing to compute again, and a pass costs the same matrix produ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from llmkd.models.head import Head
 from llmkd.objective import Objective
 from llmkd.sparse import Sparse, sparse_objective
 
-CHUNK = 128  # tokens: enough for a matrix product at full speed, 131 MB of float32 logits at 256,000 words
+CHUNK = 128  # tokens: enough for a matrix product at full speed, 66 MB of bf16 logits at 256,000 words
+WIDE = 2**20  # numbers of a CPU's passes over logits: a few tokens' words, which stay in its cache
+TALL = 2**22  # numbers of a sum's part that is made at once where it is rounded first
 
 Teacher = tuple[Tensor, Head] | Sparse  # hidden states (N, H_t) and what makes logits of them, or a cache's
 Found = tuple[Tensor, dict[str, Tensor], Any]  # losses (n,), parts, d losses / d raw logits (n, V) or None
@@ -137,11 +140,11 @@ def _chunk(
     objective: Objective,
     teachers: list[Teacher],
     grows: bool,
-    room: list[Tensor],
+    room: _Room | None,
 ) -> Found:
     if room:
         found = _closed_form(hidden, head, targets, objective, teachers, room)
-        return found[0], found[1], found[2].to(hidden.dtype) if grows else None
+        return found[0], found[1], found[2] if grows else None
     raw = head.raw(hidden)  # (n, V)
     with torch.set_grad_enabled(grows):
         raw.requires_grad_(grows)
@@ -163,21 +166,45 @@ def _stacked(teachers: list[Teacher]) -> Tensor | None:
     return torch.stack(logits, 1)
 
 
+@dataclass(frozen=True)
+class _Room:
+    """Memory that all chunks share: fresh pages for every step would cost a CPU as much as the arithmetic."""
+
+    raw: list[Tensor]  # (chunk, V) each, in the dtype to compute in: the student's logits, each teacher's
+    passes: list[Tensor]  # four of (b, V), float32 at least
+
+
 def _closed_form(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
     objective: Objective,
     teachers: list[Teacher],
-    room: list[Tensor],
+    room: _Room,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """ce and kl with their gradients, w_ce (softmax(z) - 1[target]) + Σ_i w_i T_i (q_i - p_i).
+    """ce and kl of n tokens, and their gradient (n, V), which stands where the student's logits were."""
+    both = [(hidden, head), *(one for one in teachers if not isinstance(one, Sparse))]
+    raw = [_product(*one, out) for one, out in zip(both, room.raw, strict=False)]
+    caps = [one.softcap for _, one in both]
+    found = [
+        _pass([one[rows] for one in raw], caps, targets[rows], objective, room.passes)
+        for rows in _chunks(len(hidden), len(room.passes[0]))
+    ]
+    parts = {name: torch.cat([one[1][name] for one in found]) for name in found[0][1]}
+    return torch.cat([losses for losses, _ in found]), parts, raw[0]
 
-    In four buffers (n, V) that all chunks share: fresh memory for every step would cost the CPU as much
-    again in page faults as the arithmetic.
-    """
-    z, grad, a, p = (buffer[: len(hidden)] for buffer in room)
-    _logits(hidden, head, z)
+
+def _pass(
+    raw: list[Tensor],
+    caps: Sequence[float | None],
+    targets: Tensor,
+    objective: Objective,
+    room: list[Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses (b,) and parts of a few tokens. raw (b, V): the student's logits, which become the gradient,
+    w_ce (softmax(z) - 1[target]) + Σ_i w_i T_i (q_i - p_i), and those of the teachers."""
+    z, grad, a, p = (buffer[: len(targets)] for buffer in room)
+    _capped(raw[0], caps[0], z)
     grad.zero_()
     parts: dict[str, Tensor] = {}
     loss = z.new_zeros(len(z))
@@ -186,14 +213,12 @@ def _closed_form(
         parts["ce"] = _log_sum(z, grad) - z.gather(-1, targets[:, None])[:, 0]
         loss += objective.terms["ce"] * parts["ce"]
         grad.scatter_add_(-1, targets[:, None], grad.new_full((len(z), 1), -1)).mul_(objective.terms["ce"])
-    soft = objective.terms.get("kl")
+    soft = objective.terms.get("kl", 0.0)
     named = zip(objective.teachers, objective.teacher_weights, objective.temperatures, strict=True)
-    for (name, weight, t), teacher in zip(named, teachers if soft is not None else (), strict=False):
-        assert not isinstance(teacher, Sparse)
-        assert soft is not None
-        _logits(*teacher, a).div_(t)
+    for (name, weight, t), teacher, cap in zip(named, raw[1:], caps[1:], strict=False):
+        _capped(teacher, cap, a).div_(t)
         torch.softmax(a, -1, out=p)
-        log_sums = _log_sum(a, p)  # (n,)
+        log_sums = _log_sum(a, p)  # (b,)
         a.sub_(z, alpha=1 / t)
         gap = (p[:, None] @ a[..., None]).flatten()  # Σ p (a - z / T), row by row
         grad.sub_(p, alpha=soft * weight * t)
@@ -202,18 +227,21 @@ def _closed_form(
         grad.add_(q, alpha=soft * weight * t)
         parts[f"kl/{name}"] = t**2 * (gap - log_sums + _log_sum(a, q))
         loss += soft * weight * parts[f"kl/{name}"]
-    if head.softcap is not None:
-        grad.mul_(z.div_(head.softcap).square_().neg_().add_(1))
-    return loss / objective.total, parts, grad.div_(objective.total)
+    if caps[0] is not None:
+        grad.mul_(z.div_(caps[0]).square_().neg_().add_(1))
+    raw[0].copy_(grad.div_(objective.total))
+    return loss / objective.total, parts
 
 
-def _logits(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
-    """`head.logits(hidden)` into `out` (n, V)."""
-    if hidden.dtype == out.dtype:
-        torch.mm(hidden, head.weight[: head.size].T, out=out)
-    else:
-        out.copy_(head.raw(hidden))
-    return out if head.softcap is None else out.div_(head.softcap).tanh_().mul_(head.softcap)
+def _product(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
+    """`head.raw(hidden)`, (n, V), into `out`."""
+    return torch.mm(hidden, head.weight[: head.size].T, out=out[: len(hidden)])
+
+
+def _capped(raw: Tensor, softcap: float | None, out: Tensor) -> Tensor:
+    """`Head.cap` of raw logits (b, V) into `out`."""
+    out.copy_(raw)
+    return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
 
 
 def _log_sum(logits: Tensor, p: Tensor) -> Tensor:
@@ -223,14 +251,17 @@ def _log_sum(logits: Tensor, p: Tensor) -> Tensor:
 
 def _room(
     hidden: Tensor, head: Head, objective: Objective, teachers: Sequence[Teacher], chunk: int
-) -> list[Tensor]:
-    """Four buffers (chunk, V), float32 at least, where the closed form serves; else none."""
+) -> _Room | None:
+    """Where the closed form serves; else None."""
     cached = any(isinstance(teacher, Sparse) for teacher in teachers)
     if cached or not set(objective.terms) <= {"ce", "kl"} or objective.weighting != "fixed":
-        return []
-    shape = (min(chunk, len(hidden)), head.size)
+        return None
+    rows, words = min(chunk, len(hidden)), head.size
+    heard = teachers if "kl" in objective.terms else ()
+    raw = [hidden.new_empty(rows, words), *(one[0].new_empty(rows, words) for one in heard)]  # type: ignore
+    few = rows if hidden.is_cuda else min(rows, max(1, WIDE // words))  # a GPU would wait for its launches
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return [torch.empty(shape, dtype=wide, device=hidden.device) for _ in range(4)]
+    return _Room(raw, [hidden.new_empty(few, words, dtype=wide) for _ in range(4)])
 
 
 def _chunks(count: int, chunk: int) -> list[slice]:
@@ -251,8 +282,8 @@ def _zeros(weight: Tensor) -> Tensor:
 
 def _add(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """total (V, H) += gradᵀ (size, n) · hidden (n, H), in place; rows that pad the vocabulary stay."""
-    part = total[: grad.shape[1]]
     if grad.dtype == total.dtype:
-        part.addmm_(grad.T, hidden)
-    else:
-        part += grad.T @ hidden
+        total[: grad.shape[1]].addmm_(grad.T, hidden)
+        return
+    for words in _chunks(grad.shape[1], max(1, TALL // total.shape[1])):
+        total[words] += grad.T[words] @ hidden

@@ -7,6 +7,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from llmkd import chunked
 from llmkd.chunked import chunked_loss
 from llmkd.errors import ModelError
 from llmkd.layout import Layout
@@ -45,7 +46,12 @@ def gradients(loss: Tensor, hidden: Tensor, head: Head) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("chunk", [1, 5, 13, 99])
-def test_ce_and_kl_by_their_formulas(chunk: int, softcap: float | None) -> None:
+@pytest.mark.parametrize("tokens", [2, 99])
+def test_ce_and_kl_by_their_formulas(
+    tokens: int, chunk: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tokens: at a pass over their words."""
+    monkeypatch.setattr(chunked, "WIDE", tokens * WORDS)
     hidden, head, targets, teachers = case(softcap)
     loss, parts = chunked_loss(hidden, head, targets, BOTH, teachers, chunk=chunk)
     logits = plain(hidden, head.weight, softcap)
@@ -60,6 +66,25 @@ def test_ce_and_kl_by_their_formulas(chunk: int, softcap: float | None) -> None:
     found, wanted = gradients(loss.mean(), hidden, head), gradients(expected.mean(), hidden, head)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-14)
     assert (found[1][WORDS:] == 0).all(), "rows that pad the vocabulary have no gradient"
+
+
+def test_in_bf16_the_head_s_gradient_comes_by_parts_to_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    hidden, head, targets, teachers = case()
+    narrow = hidden.detach().bfloat16().requires_grad_()
+    said = [(state.bfloat16(), of) for state, of in teachers]
+    found = []
+    for tall in (chunked.TALL, 5 * head.weight.shape[1]):
+        monkeypatch.setattr(chunked, "TALL", tall)
+        loss, _ = chunked_loss(narrow, head, targets, BOTH, said, chunk=4)
+        found.append(gradients(loss.mean(), narrow, head))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    loss, _ = chunked_loss(hidden, head, targets, BOTH, teachers)
+    wanted = gradients(loss.mean(), hidden, head)
+    for one, other in zip(found[0], wanted, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0, atol=0.03 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize("term", ["kl", "reverse_kl", "jsd", "skew_kl", "tvd", "mse", "cosine", "dkd"])

@@ -274,7 +274,7 @@ def activations(shape: Shape, way: Way, micro: Micro) -> float:
 
 def head(shape: Shape, way: Way, micro: Micro) -> float:
     """Bytes of a language model's head: logits, their float32 copy, log-softmax and gradient, (B, L, V) each;
-    in chunks where the method is `sequence` (four buffers of 128 x V). A classifier has none to speak of."""
+    in chunks where the method is `sequence`, 16 bytes a word of 128 tokens at most. None of a classifier."""
     if way.classes is not None:
         return 0.0
     tokens, v, h = micro[0] * micro[1], shape.vocab, shape.hidden
