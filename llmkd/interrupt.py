@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: a training finishes its step and saves; a second one, seconds later, ends at once."""
+"""SIGTERM and Ctrl-C: a training finishes its step and saves; a second one, seconds later, ends at once.
+
+A rank whose launcher has ended takes that for a SIGTERM.
+"""
 
 import os
 import signal
@@ -6,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from llmkd.errors import Stopped
@@ -27,9 +31,13 @@ def heard() -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, _hear) for number in SIGNALS}
+    over = threading.Event()
+    if above := _launchers():
+        threading.Thread(target=_outlived, args=(above, over), daemon=True).start()
     try:
         yield
     finally:
+        over.set()
         _asked = None
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -58,6 +66,28 @@ def anew() -> None:
 def asked() -> int | None:
     """The signal that asked this process to stop, if one did."""
     return _asked
+
+
+def _launchers() -> list[int]:
+    """A rank's launcher on this node, as process ids (Linux); nothing where this process is no rank."""
+    if "LOCAL_RANK" not in os.environ or not Path("/proc/self/stat").exists():
+        return []
+    try:
+        launcher = os.getppid()
+        above = int(Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[1])
+        # one node's `deepspeed` is two processes: the command, which dies of a SIGTERM without a word, and
+        # deepspeed.launcher.launch, which it waits for
+        command = os.fsdecode(Path(f"/proc/{above}/cmdline").read_bytes()).split("\0")
+    except OSError:  # ended while it was looked at, or not ours to look at
+        return [os.getppid()]
+    return [launcher, above] if any(Path(word).name == "deepspeed" for word in command[:2]) else [launcher]
+
+
+def _outlived(launchers: list[int], over: threading.Event) -> None:
+    """Asks this rank to stop once its launcher has ended: nobody else would, and nobody waits for it."""
+    while not over.wait(1):
+        if _launchers() != launchers:
+            return os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _hear(number: int, frame: FrameType | None) -> None:

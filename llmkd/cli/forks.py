@@ -14,7 +14,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partialmethod
 from pathlib import Path
 from typing import NoReturn
@@ -43,11 +42,6 @@ class Fork:
         while (code := self.poll()) is None:
             time.sleep(0.02)
         return code
-
-    def send_signal(self, number: int) -> None:
-        if self.returncode is None:
-            with suppress(ProcessLookupError):  # heard between its end and the line that notes it
-                os.kill(self.pid, number)
 
 
 def possible(devices: Path = Path("/dev")) -> bool:

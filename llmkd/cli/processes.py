@@ -6,21 +6,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 STDERR = 2  # its file descriptor
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 
 
 class Child(Protocol):
-    """What is asked of a process that was started: of a `subprocess.Popen`, or of a fork."""
+    """A process that was started, the first of its group: a `subprocess.Popen`, or a fork."""
 
+    pid: int
     returncode: int | None
 
     def poll(self) -> int | None: ...
     def wait(self) -> int: ...
-    def send_signal(self, number: int, /) -> None: ...
 
 
 Start = Callable[[Sequence[str], Mapping[str, str], bool], Child]
@@ -75,6 +76,8 @@ def start(command: Sequence[str], environment: Mapping[str, str], quiet: bool) -
     """In a process group of its own, or a terminal's Ctrl-C would reach it from there and from here."""
     from llmkd.errors import ConfigError
 
+    adopt_orphans()
+
     try:
         return subprocess.Popen(
             command,
@@ -104,19 +107,40 @@ def mortal(parent: int) -> Callable[[], None]:
     return bound
 
 
+def adopt_orphans() -> None:
+    """Processes whose parent ends are this one's from now on (Linux): a launcher's ranks that outlive it."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def stop(running: Sequence[Child], number: int) -> None:
-    """Pass a signal on, and any further one, until all have ended."""
+    """Pass a signal on, and any further one, until all have ended: of a launcher its ranks, too, as one may
+    pass nothing on (`deepspeed` on one node) and end while they save."""
     from llmkd import interrupt
 
     def pass_on(number: int, frame: object = None) -> None:
         for child in running:
-            child.send_signal(number)
+            with suppress(ProcessLookupError):  # all have ended
+                os.killpg(child.pid, number)
 
     for each in interrupt.SIGNALS:
         signal.signal(each, pass_on)
     pass_on(number)
     for child in running:
         child.wait()
+        while _some_are_left(child.pid):
+            time.sleep(0.05)
+
+
+def _some_are_left(group: int) -> bool:
+    """Of a process group whose first process has ended: those of them that are this process's children."""
+    try:
+        os.waitpid(-group, os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def exit_code(child: Child) -> int:

@@ -1,6 +1,7 @@
 """Real processes that are asked to stop: what they say, how they end, where the next one goes on."""
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -8,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import tiny
 from conftest import STAGES
-from test_ranks import command, start
+from test_ranks import BIN, command, start
 
 from llmkd import run
 
@@ -111,27 +114,71 @@ def test_ranks_that_are_asked_to_stop_save_and_one_process_goes_on(
     assert not (tmp_path / "02_teachers" / "qwen" / "fold0" / run.MANIFEST).exists()
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_a_launcher_s_ranks_are_asked_twice_and_save(launcher: str, finished: Path, tmp_path: Path) -> None:
-    """As a scheduler or a terminal asks: the whole process group. The launcher then asks its ranks again, and
-    has an exit code of its own; theirs are told where no launcher stands between."""
-    for stage in STAGES[:2]:
-        shutil.copytree(finished / stage, tmp_path / stage)
-    process = start(command(launcher, "02_teachers", *words(tmp_path)))
+def asked(argv: list[str], directory: Path, ask: Callable[[int], None]) -> tuple[int, str]:
+    """Two ranks under a launcher, which is asked to stop once they have saved: its code, all it told."""
+    process = start(argv)
     try:
         until = time.monotonic() + LIMIT
-        while saved(tmp_path) < 3 and process.poll() is None and time.monotonic() < until:
+        while saved(directory) < 3 and process.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
-        before = saved(tmp_path)
-        os.killpg(process.pid, signal.SIGTERM)
+        before = saved(directory)
+        ask(process.pid)
         told, _ = process.communicate(timeout=LIMIT)  # when all that hold its output have ended
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode != 0
-    (line,) = [line for line in told.splitlines() if "stopped by" in line]
-    assert int(line.split("step ")[1].split()[0]) == saved(tmp_path) >= before >= 3
+    (line,) = [line for line in told.splitlines() if "stopped by SIGTERM: step" in line]
+    assert int(line.split("step ")[1].split()[0]) == saved(directory) >= before >= 3
     assert "Error" not in told.split(line)[0], "no rank was ended in the middle of its step"
+    return process.returncode, told
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ask"),
+    [("torchrun", os.killpg), ("torchrun", os.kill), ("deepspeed", os.killpg), ("deepspeed", os.kill)],
+    ids=["torchrun, its group", "torchrun alone", "deepspeed, its group", "deepspeed alone"],
+)
+def test_a_launcher_s_ranks_save(
+    launcher: str, ask: Callable[[int, int], None], finished: Path, tmp_path: Path
+) -> None:
+    """Asked with the whole process group, as a scheduler or a terminal asks, ranks are asked again by their
+    launcher; alone, deepspeed asks none. Launchers have an exit code of their own."""
+    for stage in STAGES[:2]:
+        shutil.copytree(finished / stage, tmp_path / stage)
+    argv = command(launcher, "02_teachers", *words(tmp_path))
+    code, _ = asked(argv, tmp_path, lambda pid: ask(pid, signal.SIGTERM))
+    assert code != 0
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_llmkd_run_waits_for_a_launcher_s_ranks_and_has_the_signal_s_code(
+    launcher: str, finished: Path, tmp_path: Path
+) -> None:
+    """They have all ended when it ends: the same command may follow at once."""
+    for stage in STAGES[:2]:
+        shutil.copytree(finished / stage, tmp_path / stage)
+    argv = command(launcher, "02_teachers")
+    words_of_launcher = shlex.join(argv[: next(at for at, word in enumerate(argv) if word.endswith(".py"))])
+    own = [str(BIN / "llmkd"), "run", "--config", str(tiny.CONFIG), "teachers"]
+    left = list[int]()
+
+    def ask(pid: int) -> None:
+        os.kill(pid, signal.SIGTERM)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        left.extend(run_by(tmp_path))
+
+    code, told = asked([*own, "--launch", words_of_launcher, *words(tmp_path)], tmp_path, ask)
+    assert code == 143
+    assert not left
+    assert told.count("the same command goes on from there") == 2, "the first rank, and the command"
+
+
+def run_by(directory: Path) -> Iterator[int]:
+    """The processes whose command line names a directory."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # ended meanwhile
+            if f"run={directory}".encode() in path.read_bytes():
+                yield int(path.parent.name)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
