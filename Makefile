@@ -69,13 +69,10 @@ docs-check: install
 # (hours; less with --short --threads 4)
 bench: install
 	$(BIN)/python benchmarks $(ARGS)
-# kill -9 at random moments, start again, compare with the run that nothing disturbed; a checkpoint each step
+# kill -9 at random moments, start again, compare with the run that nothing disturbed
 KILLS ?= 100
-SOAK = teachers.llama.epochs=10 teachers.qwen.epochs=10 distill.epochs=20 \
-	student.init.config.num_hidden_layers=3 quantize.calibration_rows=1000 $(addsuffix .checkpoint_minutes=0,\
-	pretrain.0 pretrain.1 teachers.llama teachers.qwen distill)
 soak: install
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py --kills $(KILLS) --longest 8 $(SOAK) $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/soak.py --kills $(KILLS) --config $(CONFIG) $(ARGS)
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

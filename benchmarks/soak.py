@@ -1,12 +1,12 @@
 """make soak: all stages, killed with -9 at random moments and started again by the same command.
 
-    python benchmarks/soak.py --kills 100 --config tests/tiny.yaml teachers.llama.epochs=4
-    python benchmarks/soak.py --kills 100 --ranks 2 --spread teachers.llama.epochs=4
+    python benchmarks/soak.py --kills 100
+    python benchmarks/soak.py --kills 14 --ranks 2 --spread --config tests/tiny.yaml distill.epochs=4
 
 Each time a run is whole it is compared with one that nothing disturbed, and the next one begins: bit by bit,
 or to 1e-6 with several ranks, which a kill meets all at once. Exit code 1 where anything differs. The moments
 are drawn from --seed: seconds after a start, or with --spread a moment of each stage in turn, so that short
-ones are met as often as long ones.
+ones are met as often as long ones. Trainings are saved every --save seconds.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import peft  # noqa: F401
 import pyarrow.parquet as pq
 
 import llmkd.train  # noqa: F401
+from llmkd.config import load
 from llmkd.verify import verify_run
 
 ROOT = Path(__file__).parent.parent
@@ -179,17 +180,27 @@ def figure_differences(one: Any, two: Any, within: float, where: str = "metrics.
         yield f"{where}: {one} and {two}"
 
 
+def saved(args: argparse.Namespace) -> list[str]:
+    """Overrides: every training of the config is saved so often."""
+    config = load(args.config, args.overrides)
+    places = [f"pretrain.{place}" for place in range(len(config.pretrain))]
+    places += [*(f"teachers.{teacher.name}" for teacher in config.teachers), "distill"]
+    return [f"{place}.checkpoint_minutes={args.save / 60:.4f}" for place in places]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=1, help="processes a stage, over gloo")
-    parser.add_argument("--config", default="tests/tiny.yaml")
+    parser.add_argument("--config", default="configs/demo.yaml")
     parser.add_argument("--directory", type=Path, default=Path("runs/soak"))
-    parser.add_argument("--longest", type=float, default=10, help="seconds until a kill, at most")
+    parser.add_argument("--longest", type=float, default=12, help="seconds until a kill, at most")
     parser.add_argument("--spread", action="store_true", help="one a stage, whatever it lasts")
+    parser.add_argument("--save", type=float, default=1, help="seconds between two checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args()
+    args.overrides = [*saved(args), *args.overrides]
     args.directory = args.directory.resolve()
     shutil.rmtree(args.directory, ignore_errors=True)
     args.directory.mkdir(parents=True)

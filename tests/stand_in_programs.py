@@ -10,7 +10,7 @@ REAL = Path(sys.executable).parent
 # `python benchmarks/...` as it is written, and then the sizes of a toy; the last of a flag counts
 PYTHON = """\
 case "$1" in
-  benchmarks/soak.py) set -- "$@" --kills 2 --longest 2 ;;
+  benchmarks/soak.py) set -- "$@" --config tests/tiny.yaml --kills 2 --longest 2 ;;
   benchmarks/seeds.py) set -- "$@" --seeds 2 ;;
   benchmarks/plan_memory.py) set -- "$@" "llama LoRA nf4" ;;
   benchmarks/baselines.py) ;;
