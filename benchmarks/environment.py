@@ -41,8 +41,8 @@ def peer(asked: argparse.Namespace, package: str) -> Iterator[str | None]:
 
 
 def commands(python: Path, package: str) -> list[list[str]]:
-    """torch by itself first: asked for with others, pip may take another build of it. accelerate: transformers'
-    Trainer needs it, and txtai does not ask for it."""
+    """torch by itself first: asked for with others, pip may take another build of it. transformers'
+    Trainer needs accelerate, and txtai does not ask for it."""
     install = [str(python), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), TORCH]
     return [install, [*install, package, "accelerate"]]
 

@@ -2,10 +2,13 @@
 
     python benchmarks/growth.py [--base 3000] [--rounds 3]
 
-Preparing labelled pairs (checks, groups, folds, swapped copies), writing a teacher's logits, joining all
-teachers' logits to the rows, cutting an epoch into batches; each at 1, 10 and 100 times --base pairs, with
-1 to 8 teachers and 1 to 10 folds. A ratio is cost over size, both against the smallest: 1 is linear, less
-is better. Each point is a process of its own; memory is its peak over what it held before (VmHWM, Linux).
+Preparing labelled pairs as stage 00 does (a Parquet file read, checks, groups, folds, swapped copies,
+rows.parquet written), writing a teacher's logits, joining all teachers' logits to the rows, cutting an epoch
+into batches; each at 1, 10 and 100 times --base pairs, with 1 to 8 teachers and 1 to 10 folds. A ratio is
+cost over size, both against the smallest: 1 is linear, less is better. Each point is a process of its own;
+memory is the peak over what it held before of what is no file's (RssAnon, looked at every 3 ms, Linux):
+texts lie in mapped files, whose pages the kernel takes back when it wants them. Against the rows, the bytes
+that each further pair takes are told too.
 What ends within half a second is done again until that has passed, and the mean counts.
 """
 
@@ -14,11 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side import Found, Row, alone, clock, compare, in_turn, middle, parser, peak, reset_peak
+from side import Found, Row, alone, clock, compare, in_turn, middle, parser
 
 LABELS = ["a", "b", "tie"]
 STEPS = ("prepare", "write", "join", "batches")
@@ -62,41 +67,49 @@ def row(found: Found, name: str, unit: str, step: str, large: Any, small: Any, t
     each = [max(a[name], 1e-6) / max(b[name], 1.0 if unit == "MB" else 1e-6) / times for a, b in pairs]
     sides = [f"{middle(found, way(*one), name):.3g} {unit}" for one in (large, small)]
     title = f"{step}, {times} x the {what}: {'time' if unit == 's' else 'memory'} / {times}"
-    return Row(title, f"1 x the {what}", each, "<= 1.1", *sides)
+    return Row(title, f"1 x the {what}", each, "<= 1.1", *sides, note(found, name, large, small))
+
+
+def note(found: Found, name: str, large: Any, small: Any) -> str:
+    """Of memory over rows: what a further pair takes."""
+    more = middle(found, way(*large), "pairs") - middle(found, way(*small), "pairs")
+    if not name.endswith("_mb") or not more:
+        return ""
+    grown = middle(found, way(*large), name) - middle(found, way(*small), name)
+    return f"{grown * 2**20 / more:.0f} bytes a pair more"
 
 
 def point(asked: argparse.Namespace, size: int, teachers: int, folds: int) -> dict[str, float]:
-    from llmkd import crossfit, rows
+    with tempfile.TemporaryDirectory() as place:
+        return measured(asked, Path(place), asked.base * size, teachers, folds)
+
+
+def measured(
+    asked: argparse.Namespace, place: Path, count: int, teachers: int, folds: int
+) -> dict[str, float]:
+    from llmkd import crossfit
     from llmkd.batches import epoch_steps
 
-    raw = pairs(asked.base * size)
-    found: dict[str, float] = {}
+    found = {"pairs": float(count)}
 
     def timed(name: str, work: Any) -> Any:
-        before, began = reset_peak(), clock(asked)
+        held, began = list[float](), clock(asked)
         spent, times = 0.0, 0
         while times == 0 or (spent < ENOUGH and not asked.quick):
-            result, times = work(), times + 1
+            result, times = anonymous(work, held), times + 1
             spent = clock(asked) - began
-        found[name], found[f"{name}_mb"] = spent / times, peak() - before
+        found[name], found[f"{name}_mb"] = spent / times, max(held)
         return result
 
-    def prepared(raw: Any) -> Any:
-        table, _ = rows.canonical(
-            raw, part="train", kind="preference", columns={name: name for name in FIELDS}, label="label",
-            labels=LABELS,
-        )  # fmt: skip
-        return rows.prepare(table, None, kind="preference", swap=True, group="prompt", folds=folds, seed=1)[0]
-
-    prepared(pairs(100))  # every import once
-    table = timed("prepare", lambda: prepared(raw))
+    prepared(raw(place / "few.parquet", 100), folds)  # every import once
+    source = raw(place / "raw.parquet", count)
+    table = timed("prepare", lambda: prepared(source, folds))
     ids = table["id"].to_pylist()
     said = np.random.default_rng(0).normal(0, 1, (len(ids), len(LABELS))).astype(np.float32)
-    with tempfile.TemporaryDirectory() as place:
-        timed("write", lambda: write(Path(place), table, said, teachers, folds))
-        names = {str(t): lambda fold, t=t: Path(place) / f"{t}-{fold}" for t in range(teachers)}
-        view = "oof" if folds > 1 else "in_sample"
-        timed("join", lambda: crossfit.teacher_logits(table, names, 0, count=folds, view=view, labels=LABELS))
+    timed("write", lambda: write(place, table, said, teachers, folds))
+    names = {str(t): lambda fold, t=t: place / f"{t}-{fold}" for t in range(teachers)}
+    view = "oof" if folds > 1 else "in_sample"
+    timed("join", lambda: crossfit.teacher_logits(table, names, 0, count=folds, view=view, labels=LABELS))
     lengths = np.random.default_rng(0).integers(10, 1000, len(ids))
     timed("batches", lambda: epoch_steps(np.arange(len(ids)), lengths, 64, 4096, 1, 0))
     return found
@@ -115,15 +128,59 @@ def write(place: Path, table: Any, said: Any, teachers: int, folds: int) -> None
             logits.write(directory / "logits.parquet", cached, teacher=str(teacher), labels=LABELS)
 
 
-def pairs(count: int) -> Any:
-    """Raw labelled pairs of some 100 words."""
+def prepared(source: Path, folds: int) -> Any:
+    """As stage 00 does, from a file to a file."""
+    from llmkd import mapped, rows
+
+    table, _ = rows.canonical(rows.read(str(source)), part="train", kind="preference", labels=LABELS)
+    table, _ = rows.prepare(table, None, kind="preference", swap=True, group="prompt", folds=folds, seed=1)
+    mapped.write(table, source.with_name("rows.parquet"))
+    return table
+
+
+def anonymous(work: Callable[[], Any], held: list[float]) -> Any:
+    """What `work` gives; its peak of memory that is no file's goes to `held`, MB over what there was."""
+    before, peaks, done = anonymous_now(), [0.0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.003):
+            peaks[0] = max(peaks[0], anonymous_now())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        return work()
+    finally:
+        done.set()
+        watcher.join()
+        held.append(max(peaks[0], anonymous_now()) - before)
+
+
+def anonymous_now() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
+
+
+def raw(path: Path, count: int, some: int = 1000) -> Path:
+    """Raw labelled pairs of some 100 words, a few at a time: what making them took must not be had again."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     random = np.random.default_rng(0)
     words = [" ".join(f"w{i}" for i in random.integers(0, 5000, 30)) for _ in range(200)]
-    drawn = {name: random.integers(0, len(words), count) for name in FIELDS}
-    made = {name: [f"{words[i]} {n}" for n, i in enumerate(at)] for name, at in drawn.items()}
-    return pa.table({**made, "label": [LABELS[i] for i in random.integers(0, 3, count)]})
+    schema = pa.schema({**dict.fromkeys(FIELDS, pa.string()), "label": pa.string()})
+    with pq.ParquetWriter(path, schema) as file:
+        for start in range(0, count, some):
+            numbers = range(start, min(start + some, count))
+            drawn = {name: random.integers(0, len(words), len(numbers)) for name in FIELDS}
+            made = {
+                name: [f"{words[i]} {n}" for n, i in zip(numbers, at, strict=True)]
+                for name, at in drawn.items()
+            }
+            labels = [LABELS[i] for i in random.integers(0, 3, len(numbers))]
+            file.write_table(pa.table({**made, "label": labels}, schema=schema))
+    pa.default_memory_pool().release_unused()
+    return path
 
 
 if __name__ == "__main__":

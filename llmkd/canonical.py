@@ -4,7 +4,7 @@ Row numbers in messages and in generated ids count the source's rows from 0.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from llmkd import mapped
 from llmkd.errors import DataError
 from llmkd.tasks import KINDS, content
 from llmkd.tasks.image import BYTES
@@ -69,14 +70,14 @@ def canonical(
     _raise(part, problems)
     data = {
         "id": ids,
-        "part": pa.array([part] * table.num_rows, pa.string()),
+        "part": pa.repeat(part, table.num_rows),
         "label": numbers,
         **data,
         **texts,
     }
     if "bayes" in table.column_names and "bayes" not in texts:
         data["bayes"] = table["bayes"].cast(pa.list_(pa.float32()))
-    rows = pa.table(data).filter(pa.array(~blank))
+    rows = mapped.filtered(pa.table(data), ~blank)
     if not rows.num_rows:
         raise DataError(f"{part}: no rows are left: give a source that has some")
     return rows, {"rows": rows.num_rows, "dropped_empty": int(blank.sum())}
@@ -133,40 +134,42 @@ def plain_texts(column: pa.ChunkedArray, field: str, turns: str, problems: list[
         return _joined(column, field, lambda value: value, problems)
     if turns == "json":
         return _joined(column.cast(pa.string()), field, json.loads, problems)
-    return pc.fill_null(column.cast(pa.string()), "")
+    if column.null_count or not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        parts = (pc.fill_null(part.cast(pa.string()), "") for _, part in mapped.slices(column))
+        return mapped.column(pa.string(), parts)
+    return column.cast(pa.string())  # the texts are not copied
 
 
 def _joined(
     column: pa.ChunkedArray, field: str, parse: Callable[[Any], Any], problems: list[str]
 ) -> pa.ChunkedArray:
     """Turns joined by blank lines; a null turn is empty."""
-    chunks, wrong = [], []
-    for start, values in _slices(column):
-        texts = []
-        for place, value in enumerate(values, start):
-            try:
-                turns = parse(value or "[]")
-                texts.append(_encodable("\n\n".join("" if turn is None else turn for turn in turns)))
-            except (ValueError, TypeError, RecursionError):
-                wrong.append(place)
-                texts.append("?")
-        chunks.append(pa.array(texts, pa.string()))
+    wrong: list[int] = []
+
+    def joined(place: int, value: Any) -> str:
+        try:
+            turns = parse(value or "[]")
+            return _encodable("\n\n".join("" if turn is None else turn for turn in turns))
+        except (ValueError, TypeError, RecursionError):
+            wrong.append(place)
+            return "?"
+
+    parts = (
+        pa.array([joined(place, value) for place, value in enumerate(part.to_pylist(), start)], pa.string())
+        for start, part in mapped.slices(column)
+    )
+    texts = mapped.column(pa.string(), parts)
     if wrong:
         problems.append(
             f"{len(wrong)} rows of {field!r} are no JSON list of turns, first row {wrong[0]}: "
             "mend them or set task.turns to text"
         )
-    return pa.chunked_array(chunks, pa.string())
+    return texts
 
 
 def _encodable(text: str) -> str:
     # JSON may escape half of a surrogate pair, which UTF-8 cannot hold.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _slices(column: pa.ChunkedArray, size: int = 10_000) -> Iterator[tuple[int, list[Any]]]:
-    for start in range(0, len(column), size):
-        yield start, column.slice(start, size).to_pylist()
 
 
 def _is_list_of_text(kind: pa.DataType) -> bool:
@@ -251,22 +254,23 @@ def _among(table: pa.Table, values: list[str]) -> npt.NDArray[np.bool_]:
     return np.stack(found, axis=1)
 
 
-def numbered(part: str, count: int) -> list[str]:
+def numbered(part: str, stop: int, start: int = 0) -> list[str]:
     """Ids of the rows of a part that has none of its own."""
-    return [f"{part}-{row:07d}" for row in range(count)]
+    return [f"{part}-{row:07d}" for row in range(start, stop)]
 
 
 def _ids(table: pa.Table, part: str, id_column: str | None, problems: list[str]) -> Texts:
     if id_column is None:
-        return pa.array(numbered(part, table.num_rows), pa.string())
+        starts = range(0, table.num_rows, mapped.BATCH)
+        names = (numbered(part, min(start + mapped.BATCH, table.num_rows), start) for start in starts)
+        return mapped.column(pa.string(), (pa.array(some, pa.string()) for some in names))
     ids = pc.fill_null(table[id_column].cast(pa.string()), "")
-    counts = pc.value_counts(ids.filter(pc.not_equal(ids, "")))
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+    repeated = [id for id in repeated_ids(ids) if id]
     if empty := pc.sum(pc.equal(ids, "")).as_py():
         problems.append(f"{empty} rows have no id in {id_column!r}: fill them")
-    if len(repeated):
+    if repeated:
         problems.append(
-            f"{len(repeated)} ids in {id_column!r} repeat, first {repeated[0]['values'].as_py()!r}: "
+            f"{len(repeated)} ids in {id_column!r} repeat, first {repeated[0]!r}: "
             "make them unique, or leave task.id out"
         )
     if pc.any(pc.ends_with(ids, SWAPPED)).as_py():
@@ -274,13 +278,28 @@ def _ids(table: pa.Table, part: str, id_column: str | None, problems: list[str])
     return ids
 
 
+def repeated_ids(ids: pa.ChunkedArray) -> list[str]:
+    """The ids that stand there more than once; all are held only where two have one hash."""
+    hashes = (hash(id) for _, part in mapped.slices(ids) for id in part.to_pylist())
+    if len(np.unique(np.fromiter(hashes, np.int64, len(ids)))) == len(ids):
+        return []
+    counts = pc.value_counts(ids)
+    values: list[str] = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
+    return values
+
+
 def blank_rows(texts: Mapping[str, pa.ChunkedArray], kind: str, count: int) -> npt.NDArray[np.bool_]:
     """Rows that lack a text in all fields of one of the kind's NEEDED alternatives."""
     without = np.zeros(count, dtype=bool)
     for alternatives in KINDS[kind].NEEDED:
-        empty = [pc.equal(pc.utf8_trim_whitespace(texts[field]), "").to_numpy() for field in alternatives]
+        empty = [_blank(texts[field]) for field in alternatives]
         without |= np.all(empty, axis=0)
     return without
+
+
+def _blank(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    parts = (pc.utf8_trim_whitespace(part) for _, part in mapped.slices(column))
+    return np.concatenate([np.empty(0, bool), *(pc.equal(part, "").to_numpy() for part in parts)])
 
 
 def _emptiness(texts: Mapping[str, pa.ChunkedArray], kind: str, blank: npt.NDArray[np.bool_]) -> str:

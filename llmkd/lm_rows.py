@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from llmkd import mapped
 from llmkd.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,11 +28,17 @@ def chats_as_text(table: pa.Table, column: str, part: str) -> pa.Table:
 
     if column not in table.column_names:
         raise DataError(f"{part}: no column {column!r} (correct task.columns.messages)")
-    values = ["[]" if value is None else value for value in table[column].to_pylist()]
-    chats = as_chats(values, f"{part}: row {{row}} of {column!r}")
-    texts = [json.dumps(chat, ensure_ascii=False) if chat else "" for chat in chats]
+
+    def text(row: int, value: Any) -> str:
+        (chat,) = as_chats([[] if value is None else value], f"{part}: row {row} of {column!r}")
+        return json.dumps(chat, ensure_ascii=False) if chat else ""
+
+    texts = (
+        pa.array([text(row, value) for row, value in enumerate(some.to_pylist(), start)], pa.string())
+        for start, some in mapped.slices(table[column])
+    )
     kept = [name for name in table.column_names if name not in ("text", "label", "bayes")]
-    return table.select(kept).append_column("text", pa.array(texts, pa.string()))
+    return table.select(kept).append_column("text", mapped.column(pa.string(), texts))
 
 
 def plain_texts(table: pa.Table, chats: bool, part: str = "train") -> list[str]:

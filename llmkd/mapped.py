@@ -2,26 +2,84 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-BATCH = 8192  # rows that are unpacked at once
+BATCH = 1024  # rows that are in memory at once
+GROUP = 8192  # rows of a row group, which is in memory while it is packed
+SMALL = 1 << 20  # bytes that are not worth a file
+Rows = TypeVar("Rows", pa.Table, pa.ChunkedArray)
 
 
-def table(path: Path) -> pa.Table:
+def table(path: str | Path) -> pa.Table:
     """A Parquet file's rows, from an unpacked copy in a temporary file that goes with the process."""
-    with pq.ParquetFile(path) as packed, tempfile.NamedTemporaryFile(suffix=".arrow") as copy:
-        with pa.ipc.new_file(copy.name, packed.schema_arrow) as writer:
-            for batch in packed.iter_batches(BATCH):
-                writer.write_batch(batch)
-        return pa.ipc.open_file(pa.memory_map(copy.name)).read_all()
+    # else a row group's columns are read whole before the first batch
+    with pq.ParquetFile(path, buffer_size=SMALL, pre_buffer=False) as packed:
+        return copied(packed.schema_arrow, packed.iter_batches(BATCH))
+
+
+def write(rows: pa.Table, path: Path) -> None:
+    """The rows as a Parquet file, a row group in memory at a time."""
+    with pq.ParquetWriter(path, rows.schema, compression="zstd") as packed:
+        for start in range(0, len(rows), GROUP):
+            packed.write_table(rows.slice(start, GROUP))
+            pa.default_memory_pool().release_unused()  # it would keep some 40 MB
+
+
+def copied(schema: pa.Schema, parts: Iterable[pa.RecordBatch | pa.Table]) -> pa.Table:
+    """The parts end to end, in a temporary file that goes with the process; small ones stay in memory.
+
+    Raises OSError naming the place where its disk is full.
+    """
+    try:
+        with tempfile.SpooledTemporaryFile(SMALL) as file:
+            with pa.ipc.new_stream(file, schema) as writer:
+                for part in parts:
+                    writer.write(part)
+            data = _bytes(file)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error.filename = tempfile.gettempdir()
+        raise
+    pa.default_memory_pool().release_unused()
+    return pa.ipc.open_stream(pa.py_buffer(data)).read_all()
+
+
+def _bytes(file: tempfile.SpooledTemporaryFile[bytes]) -> bytes | mmap.mmap:
+    """What was written, mapped where it lies on disk."""
+    file.flush()
+    if file.tell() > SMALL:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    file.seek(0)
+    return file.read()
+
+
+def column(kind: pa.DataType, parts: Iterable[pa.Array | pa.ChunkedArray]) -> pa.ChunkedArray:
+    """As `copied`, of one column's parts."""
+    return copied(pa.schema({"": kind}), (pa.table({"": part}) for part in parts))[""]
+
+
+def filtered(table: pa.Table, keep: npt.NDArray[np.bool_]) -> pa.Table:
+    """The rows of `table` where `keep`, (N,), is true; the table itself where it is everywhere."""
+    if keep.all():
+        return table
+    parts = (part.filter(pa.array(keep[start : start + BATCH])) for start, part in slices(table))
+    return copied(table.schema, parts)
+
+
+def slices(rows: Rows) -> Iterator[tuple[int, Rows]]:
+    """Slices of BATCH rows in order, and where each begins."""
+    for start in range(0, len(rows), BATCH):
+        yield start, rows.slice(start, BATCH)
 
 
 class Column:

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmkd import folds as folding
-from llmkd.canonical import OWN_COLUMNS, SWAPPED, canonical
+from llmkd import mapped
+from llmkd.canonical import OWN_COLUMNS, SWAPPED, canonical, repeated_ids
 from llmkd.errors import DataError
 from llmkd.progress import bar
 from llmkd.sources import arena_numbers, read
@@ -59,20 +60,16 @@ def prepare(
         report["leaks"]["transfer"] = {**leaked, "in_train": known}
     kept = [table for table in (train, test, transfer) if table is not None]
     report["duplicates"] = {table["part"][0].as_py(): _duplicates(table, kind, fields) for table in kept}
-    grouped = [_grouped(table, group, kind, fields) for table in kept]
-    numbers = folding.assign(
-        grouped[0]["label"].to_numpy(), _strings(grouped[0]["group"]), folds, seed, stratify=stratify
-    )
-    folding.check(numbers, _strings(grouped[0]["group"]))
-    by_part = [numbers, *(np.full(table.num_rows, -1, dtype=np.int16) for table in grouped[1:])]
-    tables = [
-        table.add_column(5, "fold", pa.array(number, pa.int16()))
-        for table, number in zip(grouped, by_part, strict=True)
-    ]
-    if swap:
-        tables = [pa.concat_tables([table, _swapped(table, kind)]) for table in tables]
+    groups = [_keys(table, [group])[0] if group else _content(table, kind, fields)[0] for table in kept]
+    numbers = folding.assign(kept[0]["label"].to_numpy(), groups[0], folds, seed, stratify=stratify)
+    folding.check(numbers, groups[0])
+    by_part = [numbers, *(np.full(table.num_rows, -1, dtype=np.int16) for table in kept[1:])]
+    given = [_grouped(*of) for of in zip(kept, groups, by_part, strict=True)]
+    report |= _counts(given, groups, KINDS[kind].FIELDS)
+    tables = [pa.concat_tables([table, _swapped(table, kind)]) if swap else table for table in given]
     rows = pa.concat_tables(tables, promote_options="default")
-    return rows, {**report, **_counts(rows, KINDS[kind].FIELDS)}
+    share = round(1 - sum(map(len, given)) / rows.num_rows, 4)
+    return rows, {**report, "rows": rows.num_rows, "share_swapped": share}
 
 
 def held_out(
@@ -81,17 +78,18 @@ def held_out(
     """The test rows of a prepared table as `canonical` gave them, so that other rows can be held against
     them; None where there are none. `fields` as in `prepare`."""
     fields = KINDS[kind].FIELDS if fields is None else fields
-    rows = table.filter(pc.and_(pc.equal(table["part"], "test"), pc.invert(table["swapped"])))
-    return rows.select(["id", "part", "label", *fields, *extra]) if rows.num_rows else None
+    wanted = pc.and_(pc.equal(table["part"], "test"), pc.invert(table["swapped"])).to_numpy()
+    if not wanted.any():
+        return None
+    return mapped.filtered(table.select(["id", "part", "label", *fields, *extra]), wanted)
 
 
 def _check_ids(parts: Sequence[pa.Table]) -> None:
     """Ids are unique over all parts: logits are joined by them."""
-    counts = pc.value_counts(pa.chunked_array([chunk for table in parts for chunk in table["id"].chunks]))
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(repeated):
+    repeated = repeated_ids(pa.chunked_array([chunk for table in parts for chunk in table["id"].chunks]))
+    if repeated:
         raise DataError(
-            f"{len(repeated)} ids stand in more than one part, first {repeated[0]['values'].as_py()!r}: "
+            f"{len(repeated)} ids stand in more than one part, first {repeated[0]!r}: "
             "make them unique, or leave task.id out"
         )
 
@@ -103,7 +101,7 @@ def _without_leaks(
     if test is None:
         return table, {"rows": 0, "dropped": 0}
     ours, theirs = (
-        _keys(rows, [group]) if group else _content(rows, kind, fields)[0] for rows in (table, test)
+        _keys(rows, [group])[0] if group else _content(rows, kind, fields)[0] for rows in (table, test)
     )
     leaked = np.isin(ours, theirs)
     count, part = int(leaked.sum()), table["part"][0].as_py()
@@ -117,7 +115,7 @@ def _without_leaks(
         return table, {"rows": count, "dropped": 0}
     if leaked.all():
         raise DataError(f"every {part} row has {what}: give a test part of its own")
-    return table.filter(pa.array(~leaked)), {"rows": count, "dropped": count}
+    return mapped.filtered(table, ~leaked), {"rows": count, "dropped": count}
 
 
 def _named(kind: str) -> str:
@@ -131,7 +129,7 @@ def _without_known(
     known = np.isin(_content(transfer, kind, fields)[0], _content(train, kind, fields)[0])
     if known.all():
         raise DataError("every transfer row stands in train: give others, or leave task.transfer out")
-    return transfer.filter(pa.array(~known)), int(known.sum())
+    return mapped.filtered(transfer, ~known), int(known.sum())
 
 
 def _duplicates(table: pa.Table, kind: str, fields: Sequence[str]) -> dict[str, int]:
@@ -141,46 +139,56 @@ def _duplicates(table: pa.Table, kind: str, fields: Sequence[str]) -> dict[str, 
     mirror = KINDS[kind].mirror(max(int(labels.max(initial=1)) + 1, 2))
     if mirror is not None:
         labels = np.where(turned & (labels >= 0), np.array([*mirror, -1])[labels], labels)
-    known = labels >= 0
-    pairs = np.unique(np.stack([keys[known], labels[known].astype(np.uint64)], axis=1), axis=0)
-    _, labels_of = np.unique(pairs[:, 0], return_counts=True)
-    return {"rows": len(keys) - len(np.unique(keys)), "conflicting": int((labels_of > 1).sum())}
+    repeated, known = len(keys) - len(np.unique(keys)), labels >= 0
+    keys, labels = keys[known], labels[known]
+    order = np.lexsort((labels, keys))
+    keys, labels = keys[order], labels[order]
+    torn = keys[1:][(keys[1:] == keys[:-1]) & (labels[1:] != labels[:-1])]
+    return {"rows": repeated, "conflicting": len(np.unique(torn))}
 
 
 def _content(
     table: pa.Table, kind: str, fields: Sequence[str]
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
     """Key of each row's content, the same in both orders, and which rows were turned for it."""
-    keys = _keys(table, fields)
     if KINDS[kind].mirror(2) is None:
+        (keys,) = _keys(table, fields)
         return keys, np.zeros(len(keys), dtype=bool)
-    other = _keys(table, list(preference.swap({name: name for name in fields}).values()))
+    keys, other = _keys(table, fields, list(preference.swap({name: name for name in fields}).values()))
     return np.minimum(keys, other), other < keys
 
 
-def _keys(table: pa.Table, fields: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """64-bit digest of each row's values: texts casefolded, in one Unicode normal form and with whitespace
-    collapsed; bytes as they are."""
+def _keys(table: pa.Table, *orders: Sequence[str]) -> npt.NDArray[np.uint64]:
+    """For each of several orders of the same fields, a 64-bit digest of each row's values: texts casefolded,
+    in one Unicode normal form and with whitespace collapsed; bytes as they are. (orders, rows)"""
+    fields = orders[0]
     for field in fields:
         if field not in table.column_names:
             raise DataError(f"group {field!r} is no field: the rows have {', '.join(_text_columns(table))}")
-    digests = (_digest(values) for values in _walk(table.select(list(dict.fromkeys(fields))), fields))
-    return np.fromiter(digests, dtype=np.uint64, count=table.num_rows)
+    places = [[list(fields).index(field) for field in order] for order in orders]
+    keys = np.empty((len(orders), table.num_rows), dtype=np.uint64)
+    for row, values in enumerate(_walk(table.select(list(dict.fromkeys(fields))), fields)):
+        for order, at in enumerate(places):
+            keys[order, row] = _digest(b"\0".join([values[place] for place in at]))
+    return keys
 
 
-def _digest(values: Sequence[str | bytes]) -> int:
-    normal = b"\0".join(
-        value if isinstance(value, bytes) else " ".join(normalize("NFC", value).casefold().split()).encode()
-        for value in values
-    )
+def _digest(normal: bytes) -> int:
     return int.from_bytes(blake2b(normal, digest_size=8).digest(), "big")
 
 
-def _walk(table: pa.Table, fields: Sequence[str]) -> Iterator[tuple[str | bytes, ...]]:
-    """Rows as tuples of strings or bytes, a slice of the table in memory at a time."""
-    for start in bar(range(0, table.num_rows, 10_000), "rows"):
-        part = table.slice(start, 10_000)
-        yield from zip(*(_plain(part[field]).to_pylist() for field in fields), strict=True)
+def _walk(table: pa.Table, fields: Sequence[str]) -> Iterator[list[bytes]]:
+    """Each row's values in their normal form, a slice of the table in memory at a time."""
+    for start in bar(range(0, table.num_rows, mapped.BATCH), "rows"):
+        part = table.slice(start, mapped.BATCH)
+        for values in zip(*(_plain(part[field]).to_pylist() for field in fields), strict=True):
+            yield [_normal(value) for value in values]
+
+
+def _normal(value: str | bytes) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    return " ".join(normalize("NFC", value).casefold().split()).encode()
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -188,19 +196,18 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.fill_null(column.cast(pa.string()), "") if pa.types.is_floating(column.type) else column
 
 
-def _grouped(table: pa.Table, group: str | None, kind: str, fields: Sequence[str]) -> pa.Table:
-    """The table with id, stem, swapped, group first; fold comes later."""
-    stems = table["id"]
-    keys = _keys(table, [group]) if group else _content(table, kind, fields)[0]
-    groups = pa.array([f"{key:016x}" for key in keys], pa.string())
+def _grouped(table: pa.Table, keys: npt.NDArray[np.uint64], folds: npt.NDArray[np.int16]) -> pa.Table:
+    """The table with id, stem, swapped, group and, behind part, fold."""
+    stems, starts = table["id"], range(0, len(keys), mapped.BATCH)
+    groups = ([f"{key:016x}" for key in keys[start : start + mapped.BATCH].tolist()] for start in starts)
     columns = {
         "id": stems,
         "stem": stems,
         "swapped": pa.array(np.zeros(table.num_rows, dtype=bool)),
-        "group": groups,
+        "group": mapped.column(pa.string(), (pa.array(some, pa.string()) for some in groups)),
         **{name: table[name] for name in table.column_names if name != "id"},
     }
-    return pa.table(columns)
+    return pa.table(columns).add_column(5, "fold", pa.array(folds, pa.int16()))
 
 
 def _swapped(table: pa.Table, kind: str) -> pa.Table:
@@ -209,48 +216,48 @@ def _swapped(table: pa.Table, kind: str) -> pa.Table:
     columns |= preference.swap({name: table[name] for name in _text_columns(table)})
     labels = table["label"].to_numpy()
     mirror = KINDS[kind].mirror(max(int(labels.max(initial=1)) + 1, 2))
-    columns["id"] = pc.binary_join_element_wise(table["stem"], SWAPPED, "")
+    stems = (stems for _, stems in mapped.slices(table["stem"]))
+    ids = (pc.binary_join_element_wise(some, SWAPPED, "") for some in stems)
+    columns["id"] = mapped.column(pa.string(), ids)
     columns["swapped"] = pa.array(np.ones(table.num_rows, dtype=bool))
     # The last entry is read by the index -1: an unknown label stays unknown.
     columns["label"] = pa.array(np.array([*mirror, -1], dtype=np.int32)[labels])
     if "bayes" in columns:
-        columns["bayes"] = pa.array(
-            [
-                [row[place] for place in KINDS[kind].mirror(len(row))] if row else None
-                for row in table["bayes"].to_pylist()
-            ],
+        parts = (part.to_pylist() for _, part in mapped.slices(table["bayes"]))
+        columns["bayes"] = mapped.column(
             pa.list_(pa.float32()),
+            (pa.array([_mirrored(row, kind) for row in part], pa.list_(pa.float32())) for part in parts),
         )
     return pa.table(columns, schema=table.schema)
 
 
-def _counts(rows: pa.Table, fields: Sequence[str]) -> dict[str, Any]:
-    given = rows.filter(pc.invert(rows["swapped"]))
-    parts = {}
-    for part in pc.unique(given["part"]).to_pylist():
-        chosen = given.filter(pc.equal(given["part"], part))
-        parts[part] = {
-            "rows": chosen.num_rows,
-            "groups": pc.count_distinct(chosen["group"]).as_py(),
-            "labels": _tally(chosen["label"]),
-            "words": {field: _word_quantiles(chosen[field]) for field in fields},
+def _mirrored(shares: list[float] | None, kind: str) -> list[float] | None:
+    return [shares[place] for place in KINDS[kind].mirror(len(shares))] if shares else None
+
+
+def _counts(
+    tables: Sequence[pa.Table], groups: Sequence[npt.NDArray[np.uint64]], fields: Sequence[str]
+) -> dict[str, Any]:
+    """What each part and each fold of train, the first table, holds before it is doubled."""
+    parts = {
+        table["part"][0].as_py(): {
+            "rows": table.num_rows,
+            "groups": len(np.unique(keys)),
+            "labels": _tally(table["label"].to_numpy()),
+            "words": {field: _word_quantiles(table[field]) for field in fields},
         }
-    train = given.filter(pc.equal(given["part"], "train"))
+        for table, keys in zip(tables, groups, strict=True)
+    }
+    numbers, labels = (tables[0][name].to_numpy() for name in ("fold", "label"))
     folds = {
-        str(fold): {"rows": len(chosen), "labels": _tally(chosen["label"])}
-        for fold in sorted(pc.unique(train["fold"]).to_pylist())
-        for chosen in [train.filter(pc.equal(train["fold"], fold))]
+        str(fold): {"rows": int((numbers == fold).sum()), "labels": _tally(labels[numbers == fold])}
+        for fold in np.unique(numbers).tolist()
     }
-    return {
-        "parts": parts,
-        "folds": folds,
-        "rows": rows.num_rows,
-        "share_swapped": round(1 - given.num_rows / rows.num_rows, 4),
-    }
+    return {"parts": parts, "folds": folds}
 
 
-def _tally(column: pa.ChunkedArray) -> dict[str, int]:
-    values, counts = np.unique(column.to_numpy(), return_counts=True)
+def _tally(labels: npt.NDArray[np.int32]) -> dict[str, int]:
+    values, counts = np.unique(labels, return_counts=True)
     return dict(zip(map(str, values.tolist()), counts.tolist(), strict=True))
 
 
@@ -266,7 +273,3 @@ def _text_columns(table: pa.Table) -> list[str]:
         for field in table.schema
         if pa.types.is_string(field.type) and field.name not in OWN_COLUMNS
     ]
-
-
-def _strings(column: pa.ChunkedArray) -> npt.NDArray[np.object_]:
-    return np.asarray(column.to_numpy())

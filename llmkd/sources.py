@@ -10,17 +10,19 @@ from typing import Any, cast
 
 import pyarrow as pa
 
+from llmkd import mapped, run
 from llmkd.errors import DataError
 from llmkd.tasks import arena
 
 BOM = codecs.BOM_UTF8
 BLOCK = 1 << 26  # bytes; a row must fit one, and the readers' own 1 MB is less than one long document
+PIECE = 1 << 20  # bytes of a CSV that are parsed at once where every row fits
 _LINE = re.compile(r"\n|<br\s*/?>")
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
 
 def read(source: str, *, seed: int = 0) -> pa.Table:
-    """The rows of a source as they are.
+    """The rows of a source as they are; those of files are mapped, not held (see `llmkd.mapped`).
 
     A path or a glob ending in .csv (every column is read as strings; parted by comma, semicolon or tab),
     .jsonl, .ndjson, .json (one object a line) or .parquet; `hub:owner/name[:config[:split]]` (split train
@@ -34,7 +36,7 @@ def read(source: str, *, seed: int = 0) -> pa.Table:
         return _read_arena(source, seed)
     suffix, paths = files(source)
     try:
-        return pa.concat_tables([_whole(path, suffix) for path in paths], promote_options="permissive")
+        return _joined([_whole(path, suffix) for path in paths])
     except pa.ArrowException as error:
         raise DataError(
             f"{source}: cannot be read as {suffix} ({reason_of(error)}): mend the file"
@@ -54,18 +56,47 @@ def files(source: str) -> tuple[str, list[str]]:
     return suffix, paths
 
 
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    """The tables end to end, of one schema; copied only where theirs differ."""
+    head = _permissive([table.slice(0, 0) for table in tables])
+    if all(table.schema.equals(head.schema) for table in tables):
+        return _permissive(tables)
+    parts = (_permissive([head, part]) for table in tables for _, part in mapped.slices(table))
+    return mapped.copied(head.schema, parts)
+
+
+def _permissive(tables: list[pa.Table]) -> pa.Table:
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
 def _whole(path: str, suffix: str) -> pa.Table:
     """One file's rows. Raises DataError naming it, and of JSON the line."""
     try:
-        table = READERS[suffix](path)
+        table = _mapped(path, suffix)
         table.validate(full=True)  # a reader may let bytes pass that are no UTF-8
         return table
     except (pa.ArrowException, OSError) as error:
+        if run.is_disk_full(error):
+            raise
         reason = _broken_line(path) if READERS[suffix] is _read_json else None
         remedy = "save it as UTF-8" if "utf8" in str(error).lower() else "mend the file"
         raise DataError(
             f"{path}: cannot be read as {suffix} ({reason or reason_of(error)}): {remedy}"
         ) from error
+
+
+def _mapped(path: str, suffix: str) -> pa.Table:
+    """One file's rows, piece by piece where that can be; else they are held until they are written."""
+    if suffix in IN_PIECES:
+        try:
+            table = IN_PIECES[suffix](path)
+            if len(set(table.column_names)) == table.num_columns:  # a name twice is a fault too
+                return table
+        except (pa.ArrowException, OSError) as error:  # a row longer than a piece, or a fault to tell below
+            if run.is_disk_full(error):
+                raise
+    table = READERS[suffix](path)
+    return mapped.copied(table.schema, table.to_batches(mapped.BATCH))
 
 
 def reason_of(error: Exception) -> str:
@@ -103,12 +134,25 @@ def csv_layout(path: str, block: int) -> tuple[Any, Any]:
 def _read_csv(path: str) -> pa.Table:
     from pyarrow import csv
 
-    # Strings throughout: a guessed type would turn the id 007 into 7 and a text "12" into a number.
     blocks, parse = csv_layout(path, BLOCK)
+    return csv.read_csv(path, blocks, parse, _strings(path, blocks, parse))
+
+
+def _csv_in_pieces(path: str) -> pa.Table:
+    from pyarrow import csv
+
+    _, parse = csv_layout(path, BLOCK)
+    blocks = csv.ReadOptions(block_size=PIECE)
+    with csv.open_csv(path, blocks, parse, _strings(path, blocks, parse)) as reader:
+        return mapped.copied(reader.schema, reader)
+
+
+def _strings(path: str, blocks: Any, parse: Any) -> Any:
+    """Strings throughout: a guessed type would turn the id 007 into 7 and a text "12" into a number."""
+    from pyarrow import csv
+
     with csv.open_csv(path, blocks, parse) as reader:
-        names = reader.schema.names
-    types = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-    return csv.read_csv(path, blocks, parse, types)
+        return csv.ConvertOptions(column_types=dict.fromkeys(reader.schema.names, pa.string()))
 
 
 def _read_json(path: str) -> pa.Table:
@@ -130,6 +174,7 @@ READERS: dict[str, Callable[[str], pa.Table]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
 }
+IN_PIECES: dict[str, Callable[[str], pa.Table]] = {".csv": _csv_in_pieces, ".parquet": mapped.table}
 
 
 def _read_hub(source: str) -> pa.Table:
@@ -152,7 +197,7 @@ def sentences(table: pa.Table, column: str, least: int, most: int) -> pa.Table:
     A sentence ends after . ! ? and their quotes, at a line's end, and at an HTML line break.
     """
     found: dict[str, None] = {}
-    for text in table[column].to_pylist():
+    for text in (text for _, some in mapped.slices(table[column]) for text in some.to_pylist()):
         for line in _LINE.split(text or ""):
             pieces = (" ".join(piece.split()) for piece in _SENTENCE.split(line))
             found |= dict.fromkeys(piece for piece in pieces if least <= piece.count(" ") + 1 <= most)

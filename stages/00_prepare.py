@@ -50,9 +50,9 @@ def sources(config: Config) -> dict[Part, Any]:
 
 
 def write_rows(config: Config, unit: run.Unit) -> None:
-    import pyarrow.parquet as pq
+    import pyarrow.compute as pc
 
-    from llmkd import ranks, rows, tasks
+    from llmkd import mapped, ranks, rows, tasks
 
     task = config.task
     labels = task.labels or list(tasks.KINDS[task.kind].LABELS or ())  # a config without either is refused
@@ -90,9 +90,9 @@ def write_rows(config: Config, unit: run.Unit) -> None:
     )
     if ranks.is_main():
         table = table.replace_schema_metadata({"labels": json.dumps(labels)})
-        pq.write_table(table, unit.path / "rows.parquet", compression="zstd")
+        mapped.write(table, unit.path / "rows.parquet")
     unit.metrics.update(labels=labels, report={**report, "read": checks})
-    unit.rows.update({part: sum(row == part for row in table["part"].to_pylist()) for part in tables})
+    unit.rows.update({part: pc.sum(pc.equal(table["part"], part)).as_py() for part in tables})
 
 
 if __name__ == "__main__":
