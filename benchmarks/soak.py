@@ -181,10 +181,11 @@ def figure_differences(one: Any, two: Any, within: float, where: str = "metrics.
 
 
 def saved(args: argparse.Namespace) -> list[str]:
-    """Overrides: every training of the config is saved so often."""
+    """Overrides: every training of the config is saved so often; teachers that are files have none."""
     config = load(args.config, args.overrides)
     places = [f"pretrain.{place}" for place in range(len(config.pretrain))]
-    places += [*(f"teachers.{teacher.name}" for teacher in config.teachers), "distill"]
+    trained = [one.name for one in config.teachers if hasattr(one, "checkpoint_minutes")]
+    places += [*(f"teachers.{name}" for name in trained), "distill"]
     return [f"{place}.checkpoint_minutes={args.save / 60:.4f}" for place in places]
 
 

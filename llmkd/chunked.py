@@ -21,7 +21,7 @@ from llmkd.sparse import Sparse, sparse_objective
 
 CHUNK = 128  # tokens: enough for a matrix product at full speed, 66 MB of bf16 logits at 256,000 words
 WIDE = 2**20  # numbers of a CPU's passes over logits: a few tokens' words, which stay in its cache
-TALL = 2**22  # numbers of a sum's part that is made at once where it is rounded first
+TALL = 2**22  # numbers of a sum's part that a CPU makes at once where it is rounded first; a GPU: 16 x
 
 Teacher = tuple[Tensor, Head] | Sparse  # hidden states (N, H_t) and what makes logits of them, or a cache's
 Found = tuple[Tensor, dict[str, Tensor], Any]  # losses (n,), parts, d losses / d raw logits (n, V) or None
@@ -259,7 +259,7 @@ def _room(
     rows, words = min(chunk, len(hidden)), head.size
     heard = teachers if "kl" in objective.terms else ()
     raw = [hidden.new_empty(rows, words), *(one[0].new_empty(rows, words) for one in heard)]  # type: ignore
-    few = rows if hidden.is_cuda else min(rows, max(1, WIDE // words))  # a GPU would wait for its launches
+    few = min(rows, max(1, (4 if hidden.is_cuda else 1) * WIDE // words))  # a GPU waits to be told
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return _Room(raw, [hidden.new_empty(few, words, dtype=wide) for _ in range(4)])
 
@@ -285,5 +285,6 @@ def _add(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     if grad.dtype == total.dtype:
         total[: grad.shape[1]].addmm_(grad.T, hidden)
         return
-    for words in _chunks(grad.shape[1], max(1, TALL // total.shape[1])):
+    numbers = TALL * (16 if total.is_cuda else 1)
+    for words in _chunks(grad.shape[1], max(1, numbers // total.shape[1])):
         total[words] += grad.T[words] @ hidden

@@ -4,11 +4,12 @@ A rank whose launcher has ended takes that for a SIGTERM.
 """
 
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -32,8 +33,8 @@ def heard() -> Iterator[None]:
         return
     before = {number: signal.signal(number, _hear) for number in SIGNALS}
     over = threading.Event()
-    if above := _launchers():
-        threading.Thread(target=_outlived, args=(above, over), daemon=True).start()
+    if launcher := _launcher():
+        threading.Thread(target=_outlived, args=(*launcher, over), daemon=True).start()
     try:
         yield
     finally:
@@ -68,26 +69,37 @@ def asked() -> int | None:
     return _asked
 
 
-def _launchers() -> list[int]:
-    """A rank's launcher on this node, as process ids (Linux); nothing where this process is no rank."""
-    if "LOCAL_RANK" not in os.environ or not Path("/proc/self/stat").exists():
-        return []
-    try:
-        launcher = os.getppid()
-        above = int(Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[1])
-        # one node's `deepspeed` is two processes: the command, which dies of a SIGTERM without a word, and
-        # deepspeed.launcher.launch, which it waits for
-        command = os.fsdecode(Path(f"/proc/{above}/cmdline").read_bytes()).split("\0")
-    except OSError:  # ended while it was looked at, or not ours to look at
-        return [os.getppid()]
-    return [launcher, above] if any(Path(word).name == "deepspeed" for word in command[:2]) else [launcher]
+def _launcher() -> tuple[int, int | None] | None:
+    """Of a rank that torchrun or deepspeed started (Linux): its parent, and where that is one node's
+    deepspeed.launcher.launch the `deepspeed` command, which dies of a SIGTERM without a word to it."""
+    parent = os.getppid()
+    if "deepspeed.launcher.launch" in _words(parent):
+        above = _parent(parent)
+        command = above is not None and "deepspeed" in [Path(word).name for word in _words(above)[:2]]
+        return parent, above if command else None
+    return (parent, None) if "TORCHELASTIC_RUN_ID" in os.environ and _words(parent) else None
 
 
-def _outlived(launchers: list[int], over: threading.Event) -> None:
+def _outlived(launcher: int, above: int | None, over: threading.Event) -> None:
     """Asks this rank to stop once its launcher has ended: nobody else would, and nobody waits for it."""
     while not over.wait(1):
-        if _launchers() != launchers:
+        if os.getppid() != launcher or (above and _parent(launcher) not in (above, None)):
             return os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _words(pid: int) -> list[str]:
+    """Of a process's command line; none where they cannot be read."""
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
+    except OSError:
+        return []
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def _hear(number: int, frame: FrameType | None) -> None:
@@ -98,8 +110,21 @@ def _hear(number: int, frame: FrameType | None) -> None:
             os.kill(os.getpid(), number)
         return
     _asked, _since = number, time.monotonic()
+    _past_the_dead()
     if not _deferring:
         raise Stopped(number)
     name = signal.Signals(number).name
     # not print: it may be what the signal interrupted
-    os.write(2, f"{name}: stops after this step or block; again in {SAME:.0f} s: at once\n".encode())
+    with suppress(OSError):
+        os.write(2, f"{name}: stops after this step or block; again in {SAME:.0f} s: at once\n".encode())
+
+
+def _past_the_dead() -> None:
+    """Where nobody reads stdout or stderr any more (a closed terminal, a launcher that ended), what is still
+    written there must not end the step."""
+    watch = select.poll()
+    for stream in (1, 2):
+        watch.register(stream, 0)
+    for stream, event in watch.poll(0):
+        if event & (select.POLLERR | select.POLLHUP):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

@@ -45,7 +45,7 @@ def abreast(commands: Sequence[Sequence[str]], jobs: int, quiet: bool, start: St
                     running.append(start(waiting.pop(0), environment, quiet))
                 if number := interrupt.asked():
                     raise Stopped(number)
-            ended = [child for child in running if child.poll() is not None]
+            ended = [child for child in running if _is_over(child)]
             running = [child for child in running if child not in ended]
             failed = failed or next((exit_code(child) for child in ended if child.returncode), 0)
             time.sleep(0 if ended else 0.05)
@@ -116,14 +116,21 @@ def adopt_orphans() -> None:
 
 
 def stop(running: Sequence[Child], number: int) -> None:
-    """Pass a signal on, and any further one, until all have ended: of a launcher its ranks, too, as one may
-    pass nothing on (`deepspeed` on one node) and end while they save."""
+    """Pass a signal on until all have ended: of a launcher its ranks, too, as one may pass nothing on
+    (`deepspeed` on one node) and end while they save. A child takes a second one, seconds later, for "at
+    once"; a third ends by force what heard neither."""
     from llmkd import interrupt
 
+    asked = list[float]()
+
     def pass_on(number: int, frame: object = None) -> None:
+        now = time.monotonic()
+        if not asked or now - asked[-1] >= interrupt.SAME:
+            asked.append(now)
         for child in running:
-            with suppress(ProcessLookupError):  # all have ended
-                os.killpg(child.pid, number)
+            if child.returncode is None or _some_are_left(child.pid):
+                with suppress(ProcessLookupError, PermissionError):  # ended (macOS has the second of zombies)
+                    os.killpg(child.pid, number if len(asked) < 3 else signal.SIGKILL)
 
     for each in interrupt.SIGNALS:
         signal.signal(each, pass_on)
@@ -134,8 +141,16 @@ def stop(running: Sequence[Child], number: int) -> None:
             time.sleep(0.05)
 
 
+def _is_over(child: Child) -> bool:
+    """Whether a process has ended, and where it failed its whole group: a launcher's ranks may still save."""
+    return child.poll() is not None and (child.returncode == 0 or not _some_are_left(child.pid))
+
+
 def _some_are_left(group: int) -> bool:
-    """Of a process group whose first process has ended: those of them that are this process's children."""
+    """Of a process group whose first process has ended: those of them that are this process's children.
+
+    torchrun's ranks are in groups of their own; it waits for them itself.
+    """
     try:
         os.waitpid(-group, os.WNOHANG)
     except ChildProcessError:

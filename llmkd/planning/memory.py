@@ -274,14 +274,16 @@ def activations(shape: Shape, way: Way, micro: Micro) -> float:
 
 def head(shape: Shape, way: Way, micro: Micro) -> float:
     """Bytes of a language model's head: logits, their float32 copy, log-softmax and gradient, (B, L, V) each;
-    in chunks where the method is `sequence`, 16 bytes a word of 128 tokens at most. None of a classifier."""
+    in chunks where the method is `sequence`: 16 bytes a word of 128 tokens (a cached teacher's; more than of
+    up to three beside) and the passes over them. A classifier has none to speak of."""
     if way.classes is not None:
         return 0.0
     tokens, v, h = micro[0] * micro[1], shape.vocab, shape.hidden
     bf16, learns = way.precision == "bf16", way.lora is None
     if way.chunked:
         copy = 2.0 * v * h if bf16 and learns else 0.0
-        return 16.0 * min(CHUNK, tokens) * v + copy + (4.0 * v * h if learns else 0.0)
+        at_once = float(min(CHUNK, tokens) * v)
+        return 16.0 * (at_once + min(at_once, 2.0**22)) + copy + (4.0 * v * h if learns else 0.0)
     gradient = v * h * (6.0 if bf16 else 4.0) if learns else 0.0
     return tokens * v * (10.0 if bf16 else 12.0) + gradient
 

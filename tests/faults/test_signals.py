@@ -194,7 +194,7 @@ def test_a_signal_between_trainings_ends_the_stage_by_its_code(
     def asked(*args: object, **kwargs: object) -> None:
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("pyarrow.parquet.write_table", asked)
+    monkeypatch.setattr("llmkd.mapped.write", asked)
     assert tiny.stage("00_prepare", f"run={tmp_path}") == code
     told = capsys.readouterr().err.splitlines()[-1]
     assert told == f"stopped by {number.name}: finished work is kept; the same command goes on from there"
