@@ -6,9 +6,9 @@ Preparing labelled pairs as stage 00 does (a Parquet file read, checks, groups, 
 rows.parquet written), writing a teacher's logits, joining all teachers' logits to the rows, cutting an epoch
 into batches; each at 1, 10 and 100 times --base pairs, with 1 to 8 teachers and 1 to 10 folds. A ratio is
 cost over size, both against the smallest: 1 is linear, less is better. Each point is a process of its own;
-memory is the peak over what it held before of what is no file's (RssAnon, looked at every 3 ms, Linux):
-texts lie in mapped files, whose pages the kernel takes back when it wants them. Against the rows, the bytes
-that each further pair takes are told too.
+memory is the peak over what it held before of what is no disk's (RssAnon and RssShmem, looked at every
+20 ms, Linux): texts lie in mapped files, whose pages the kernel takes back when it wants them. Against the
+rows, the bytes that each further pair takes are told too.
 What ends within half a second is done again until that has passed, and the mean counts.
 """
 
@@ -139,11 +139,11 @@ def prepared(source: Path, folds: int) -> Any:
 
 
 def anonymous(work: Callable[[], Any], held: list[float]) -> Any:
-    """What `work` gives; its peak of memory that is no file's goes to `held`, MB over what there was."""
+    """What `work` gives; its peak of memory that is no disk's goes to `held`, MB over what there was."""
     before, peaks, done = anonymous_now(), [0.0], threading.Event()
 
     def look() -> None:
-        while not done.wait(0.003):
+        while not done.wait(0.02):
             peaks[0] = max(peaks[0], anonymous_now())
 
     watcher = threading.Thread(target=look)
@@ -157,8 +157,9 @@ def anonymous(work: Callable[[], Any], held: list[float]) -> Any:
 
 
 def anonymous_now() -> float:
+    """MB that cannot be dropped and read again: a temporary directory in memory counts too (RssShmem)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) / 1024
 
 
 def raw(path: Path, count: int, some: int = 1000) -> Path:

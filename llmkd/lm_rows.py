@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from llmkd.batches import Examples
 
-BATCH = 1024  # rows that are unpacked at once
-
 
 def chats_as_text(table: pa.Table, column: str, part: str) -> pa.Table:
     """A source's table with its chats as JSON in a column `text`. Raises DataError."""
@@ -29,8 +27,10 @@ def chats_as_text(table: pa.Table, column: str, part: str) -> pa.Table:
     if column not in table.column_names:
         raise DataError(f"{part}: no column {column!r} (correct task.columns.messages)")
 
+    name = repr(column).replace("{", "{{").replace("}", "}}")  # `as_chats` formats what it is given
+
     def text(row: int, value: Any) -> str:
-        (chat,) = as_chats([[] if value is None else value], f"{part}: row {row} of {column!r}")
+        (chat,) = as_chats([[] if value is None else value], f"{part}: row {row} of {name}")
         return json.dumps(chat, ensure_ascii=False) if chat else ""
 
     texts = (
@@ -94,7 +94,7 @@ class PartColumn:
     name: str
 
     def __iter__(self) -> Iterator[Any]:
-        for some in self.table.select(["part", self.name]).to_batches(BATCH):
+        for some in self.table.select(["part", self.name]).to_batches(mapped.BATCH):
             parts, values = (column.to_pylist() for column in some.columns)
             yield from (value for value, own in zip(values, parts, strict=True) if own == self.part)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from llmkd.errors import RunError
 
 BATCH = 1024  # rows that are in memory at once
 GROUP = 8192  # rows of a row group, which is in memory while it is packed
@@ -38,20 +42,44 @@ def write(rows: pa.Table, path: Path) -> None:
 def copied(schema: pa.Schema, parts: Iterable[pa.RecordBatch | pa.Table]) -> pa.Table:
     """The parts end to end, in a temporary file that goes with the process; small ones stay in memory.
 
-    Raises OSError naming the place where its disk is full.
+    Raises RunError, or OSError naming the place where its disk is full, and what `parts` raises as it is.
     """
+    file = tempfile.SpooledTemporaryFile(SMALL)  # noqa: SIM115  its closing may fail as its writing may
     try:
-        with tempfile.SpooledTemporaryFile(SMALL) as file:
-            with pa.ipc.new_stream(file, schema) as writer:
-                for part in parts:
-                    writer.write(part)
+        with _temporary():
+            writer = pa.ipc.new_stream(file, schema)
+        for part in parts:
+            with _temporary():
+                writer.write(part)
+        with _temporary():
+            writer.close()
             data = _bytes(file)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            error.filename = tempfile.gettempdir()
-        raise
+    finally:
+        with _temporary():
+            file.close()
     pa.default_memory_pool().release_unused()
     return pa.ipc.open_stream(pa.py_buffer(data)).read_all()
+
+
+@contextmanager
+def _temporary() -> Iterator[None]:
+    """Faults of a temporary file, told as its place's: what is read meanwhile is not at fault."""
+    try:
+        yield
+    except OSError as error:
+        place = _place()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error.filename = place
+            raise
+        why = error.strerror or error
+        raise RunError(f"temporary directory {place!r}: {why}; name another with TMPDIR") from error
+
+
+def _place() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # no directory can be written to; it was tried before all others
+        return os.environ.get("TMPDIR", "/tmp")
 
 
 def _bytes(file: tempfile.SpooledTemporaryFile[bytes]) -> bytes | mmap.mmap:
@@ -83,18 +111,24 @@ def slices(rows: Rows) -> Iterator[tuple[int, Rows]]:
 
 
 class Column:
-    """Values of one kind, appended to a temporary file that goes with the process."""
+    """Values of one kind, appended to a temporary file that goes with the process.
+
+    Its methods raise as `copied` does.
+    """
 
     def __init__(self, dtype: npt.DTypeLike) -> None:
         self.dtype = np.dtype(dtype)
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115  closed by `values`, or with the process
+        with _temporary():
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115  closed by `values`, or with the process
 
     def append(self, part: npt.ArrayLike) -> None:
-        self.file.write(np.asarray(part, self.dtype).tobytes())
+        data = np.asarray(part, self.dtype).tobytes()
+        with _temporary():
+            self.file.write(data)
 
     def values(self) -> npt.NDArray[Any]:
         """The parts end to end, read-only; mapped, so nothing can be appended any more."""
-        with self.file as file:
+        with _temporary(), self.file as file:
             file.flush()
             return np.memmap(file, self.dtype, "r") if file.tell() else np.empty(0, self.dtype)
 

@@ -5,6 +5,7 @@ import glob
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,7 +73,7 @@ def _permissive(tables: list[pa.Table]) -> pa.Table:
 def _whole(path: str, suffix: str) -> pa.Table:
     """One file's rows. Raises DataError naming it, and of JSON the line."""
     try:
-        table = _mapped(path, suffix)
+        table = READERS[suffix](path)
         table.validate(full=True)  # a reader may let bytes pass that are no UTF-8
         return table
     except (pa.ArrowException, OSError) as error:
@@ -83,20 +84,6 @@ def _whole(path: str, suffix: str) -> pa.Table:
         raise DataError(
             f"{path}: cannot be read as {suffix} ({reason or reason_of(error)}): {remedy}"
         ) from error
-
-
-def _mapped(path: str, suffix: str) -> pa.Table:
-    """One file's rows, piece by piece where that can be; else they are held until they are written."""
-    if suffix in IN_PIECES:
-        try:
-            table = IN_PIECES[suffix](path)
-            if len(set(table.column_names)) == table.num_columns:  # a name twice is a fault too
-                return table
-        except (pa.ArrowException, OSError) as error:  # a row longer than a piece, or a fault to tell below
-            if run.is_disk_full(error):
-                raise
-    table = READERS[suffix](path)
-    return mapped.copied(table.schema, table.to_batches(mapped.BATCH))
 
 
 def reason_of(error: Exception) -> str:
@@ -132,39 +119,42 @@ def csv_layout(path: str, block: int) -> tuple[Any, Any]:
 
 
 def _read_csv(path: str) -> pa.Table:
-    from pyarrow import csv
+    for size in (PIECE, 8 * PIECE):
+        with suppress(pa.ArrowInvalid):  # a row longer than a piece, or a fault that is met again below
+            return _csv_in_pieces(path, size)
+    return _csv_in_pieces(path, BLOCK)
 
-    blocks, parse = csv_layout(path, BLOCK)
-    return csv.read_csv(path, blocks, parse, _strings(path, blocks, parse))
 
+def _csv_in_pieces(path: str, size: int) -> pa.Table:
+    """The rows, so many bytes of the file parsed at once.
 
-def _csv_in_pieces(path: str) -> pa.Table:
-    from pyarrow import csv
-
-    _, parse = csv_layout(path, BLOCK)
-    blocks = csv.ReadOptions(block_size=PIECE)
-    with csv.open_csv(path, blocks, parse, _strings(path, blocks, parse)) as reader:
+    Strings throughout: a guessed type would turn the id 007 into 7 and a text "12" into a number.
+    """
+    with _csv(path, size, _names(path, size)) as reader:
         return mapped.copied(reader.schema, reader)
 
 
-def _strings(path: str, blocks: Any, parse: Any) -> Any:
-    """Strings throughout: a guessed type would turn the id 007 into 7 and a text "12" into a number."""
+def _names(path: str, size: int) -> list[str]:
+    with _csv(path, size, []) as reader:  # what it has read ahead goes with it, not with its closing
+        return cast(list[str], reader.schema.names)
+
+
+def _csv(path: str, size: int, strings: list[str]) -> Any:
+    """pyarrow's reader of blocks of so many bytes, which makes strings of the named columns."""
     from pyarrow import csv
 
-    with csv.open_csv(path, blocks, parse) as reader:
-        return csv.ConvertOptions(column_types=dict.fromkeys(reader.schema.names, pa.string()))
+    _, parse = csv_layout(path, BLOCK)
+    types = csv.ConvertOptions(column_types=dict.fromkeys(strings, pa.string()))
+    # mapped, as 32 blocks are read ahead, which would be held
+    source = pa.memory_map(path)
+    return csv.open_csv(source, csv.ReadOptions(block_size=size), parse, types)
 
 
 def _read_json(path: str) -> pa.Table:
     from pyarrow import json as lines  # of Arrow, where `json` is Python's
 
-    return lines.read_json(path, lines.ReadOptions(block_size=BLOCK))
-
-
-def _read_parquet(path: str) -> pa.Table:
-    from pyarrow import parquet
-
-    return parquet.read_table(path, partitioning=None)
+    table = lines.read_json(path, lines.ReadOptions(block_size=BLOCK))
+    return mapped.copied(table.schema, table.to_batches(mapped.BATCH))
 
 
 READERS: dict[str, Callable[[str], pa.Table]] = {
@@ -172,9 +162,8 @@ READERS: dict[str, Callable[[str], pa.Table]] = {
     ".jsonl": _read_json,
     ".ndjson": _read_json,
     ".json": _read_json,
-    ".parquet": _read_parquet,
+    ".parquet": mapped.table,
 }
-IN_PIECES: dict[str, Callable[[str], pa.Table]] = {".csv": _csv_in_pieces, ".parquet": mapped.table}
 
 
 def _read_hub(source: str) -> pa.Table:

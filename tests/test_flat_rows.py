@@ -1,9 +1,11 @@
 """Stage 00 holds a few texts at a time, whatever there is: the others lie in mapped files."""
 
 import errno
+import json
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import csv
 
-from llmkd import mapped, rows
-from llmkd.errors import DataError
+from llmkd import mapped, rows, sources
+from llmkd.errors import DataError, RunError
 
 COUNT = 20_000
 WORDS = (" " + "word" * 24) * 20  # 1,940 bytes
@@ -53,20 +55,40 @@ def written(table: pa.Table, path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "make", "share"),
-    [(".parquet", pairs, 0.3), (".csv", with_nulls, 0.5)],
+    ("suffix", "make", "share", "anonymous_share"),
+    [(".parquet", pairs, 0.3, 0.5), (".csv", with_nulls, 0.3, 0.6)],
 )
 def test_rows_are_prepared_without_their_texts_in_memory(
-    suffix: str, make: Callable[[int, int], pa.Table], share: float, tmp_path: Path
+    suffix: str, make: Callable[[int, int], pa.Table], share: float, anonymous_share: float, tmp_path: Path
 ) -> None:
-    train, test = make(0, COUNT), make(COUNT - 100, 300)  # a hundred leak
-    size = train.nbytes
-    paths = [written(table, tmp_path / f"{n}{suffix}") for n, table in enumerate((train, test))]
-    del train, test
+    tables = [make(0, COUNT), make(COUNT - 100, 300), make(0, 100)]  # a hundred leak
+    size = tables[0].nbytes
+    paths = [written(table, tmp_path / f"{n}{suffix}") for n, table in enumerate(tables)]
+    del tables
     command = [sys.executable, __file__, *map(str, paths), str(tmp_path / "rows.parquet")]
-    held = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    arrow, anonymous = map(int, done.stdout.split())
     assert size > 100_000_000
-    assert held < share * size, "some blocks of a CSV, some thousand rows of a Parquet file"
+    assert arrow < share * size, "some blocks of a CSV, some thousand rows of a Parquet file"
+    assert anonymous < anonymous_share * size, "Python's strings and bytes are no more"
+
+
+def test_a_row_longer_than_a_piece_leaves_the_file_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = pairs(50, 1, prompt=["y" * 40_000])
+    path = written(pa.concat_tables([pairs(0, 50), long, pairs(51, 50)]), tmp_path / "rows.csv")
+    whole = csv.read_csv(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "PIECE", 20_000)
+        patch.setattr(sources, "BLOCK", 90_000)
+        table = rows.read(str(path))
+        assert table.equals(whole)
+        assert table["prompt"].num_chunks > 2
+        with path.open("a") as file:
+            file.write("1,2\n")
+        with pytest.raises(DataError, match=r"Row #103: Expected 4 columns, got 2: 1,2\): mend the file"):
+            rows.read(str(path))
 
 
 def test_small_copies_stay_in_memory_and_large_ones_leave_no_file(
@@ -104,6 +126,48 @@ def test_a_disk_too_full_for_the_copy_is_no_fault_of_the_file(
         assert rows.read(str(path)).num_rows == 5
 
 
-if __name__ == "__main__":  # in a process of its own: most bytes that Arrow has held in it
-    prepared(*map(Path, sys.argv[1:]))
-    print(pa.default_memory_pool().max_memory())
+def anonymous_now() -> int:
+    """Bytes of this process that are no file's; 0 where the system does not tell (only Linux does)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def anonymous_peak(work: Callable[[], Any]) -> int:
+    """The most of `anonymous_now` while `work` goes on, over what there was before."""
+    before, seen, done = anonymous_now(), [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.005):
+            seen.append(anonymous_now())
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return max(seen) - before
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_a_temporary_directory_that_cannot_be_used_is_no_fault_of_the_file(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in pairs(0, 1000).to_pylist()))
+    else:
+        written(pairs(0, 1000), path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    told = "temporary directory '.*gone': No such file or directory; name another with TMPDIR"
+    with pytest.raises(RunError, match=told):
+        rows.read(str(path))
+
+
+if __name__ == "__main__":  # in a process of its own: most bytes that Arrow has held in it, and most of all
+    train, test, few, into = map(Path, sys.argv[1:])
+    prepared(few, test, into)  # every import once
+    peak = anonymous_peak(lambda: prepared(train, test, into))
+    print(pa.default_memory_pool().max_memory(), peak)
