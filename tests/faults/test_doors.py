@@ -196,7 +196,7 @@ def no_space(*args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize(
     ("stage", "where"),
     [
-        ("00_prepare", "pyarrow.parquet.write_table"),
+        ("00_prepare", "llmkd.mapped.write"),
         ("02_teachers", "pyarrow.parquet.write_table"),
         ("02_teachers", "safetensors.torch.save_file"),
         ("02_teachers", "llmkd.run._sync"),
