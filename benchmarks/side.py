@@ -17,6 +17,7 @@ from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # libraries' notices have no place in a table
 os.environ.setdefault("TQDM_DISABLE", "1")
+SHARED = 0.25  # cores of other work that make a machine busy
 Found = dict[str, list[dict[str, Any]]]  # what each way measured, round by round
 
 
@@ -119,15 +120,14 @@ def compare(asked: argparse.Namespace, measure: Callable[[], list[Row]]) -> list
     """Run `measure` and print its table, the machine, and whether it was busy."""
     if asked.clock == "cpu" and getattr(asked, "ranks", 1) > 1:  # a rank would count one thread, a peer all
         sys.exit("--clock cpu with --ranks over 1 is not like for like: take the wall's, on a quiet machine")
-    before = os.getloadavg()[0]
-    began = time.time()
+    before, began = worked(), time.time()
     print(machine(asked.threads), flush=True)
     rows = measure()
-    after = os.getloadavg()[0]
+    others = (worked() - before) / (time.time() - began)
     print(f"\n{HEAD}")
     print(*(row.line() for row in rows), sep="\n")
-    state = f"{asked.clock} clock, load {before:.1f} before, {after:.1f} after, {time.time() - began:.0f} s"
-    busy = max(before, after - asked.threads) > 0.5
+    state = f"{asked.clock} clock, {time.time() - began:.0f} s, {others:.2f} cores of other work"
+    busy = others > SHARED
     print(f"{state}; {'BUSY: other work shared the machine' if busy else 'quiet'}", flush=True)
     if asked.quick:
         print("toy sizes: these ratios mean nothing")
@@ -136,6 +136,15 @@ def compare(asked: argparse.Namespace, measure: Callable[[], list[Row]]) -> list
         with asked.rows.open("a") as file:
             file.writelines(json.dumps({**asdict(row), **more}) + "\n" for row in rows)
     return rows
+
+
+def worked() -> float:
+    """Seconds of cores that went to others than this process and those that it waited for, since the machine
+    was started; also to other machines on the same hardware, where the system can tell (Linux)."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    user, nice, system, _, _, interrupts, soft, stolen = ticks
+    together = (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
+    return together - sum(os.times()[:4])
 
 
 def machine(threads: int) -> str:
