@@ -20,7 +20,7 @@ from llmkd.objective import Objective
 from llmkd.sparse import Sparse, sparse_objective
 
 CHUNK = 128  # tokens: enough for a matrix product at full speed, 66 MB of bf16 logits at 256,000 words
-WIDE = 2**20  # numbers of a CPU's passes over logits: a few tokens' words, which stay in its cache
+WIDE = 2**20  # numbers of a CPU's passes over logits: a few tokens' words, which stay in its cache (GPU: 4 x)
 TALL = 2**22  # numbers of a sum's part that a CPU makes at once where it is rounded first; a GPU: 16 x
 
 Teacher = tuple[Tensor, Head] | Sparse  # hidden states (N, H_t) and what makes logits of them, or a cache's
@@ -257,8 +257,8 @@ def _room(
     if cached or not set(objective.terms) <= {"ce", "kl"} or objective.weighting != "fixed":
         return None
     rows, words = min(chunk, len(hidden)), head.size
-    heard = teachers if "kl" in objective.terms else ()
-    raw = [hidden.new_empty(rows, words), *(one[0].new_empty(rows, words) for one in heard)]  # type: ignore
+    heard = [one[0] for one in teachers if not isinstance(one, Sparse)] if "kl" in objective.terms else []
+    raw = [states.new_empty(rows, words) for states in (hidden, *heard)]
     few = min(rows, max(1, (4 if hidden.is_cuda else 1) * WIDE // words))  # a GPU waits to be told
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return _Room(raw, [hidden.new_empty(few, words, dtype=wide) for _ in range(4)])

@@ -100,6 +100,27 @@ def test_one_failed_rank_ends_all(load: Any, monkeypatch: pytest.MonkeyPatch, tm
         os.kill(int((tmp_path / "0").read_text()), 0)
 
 
+CRASHES_ONCE = """
+import json, os, signal, sys
+from pathlib import Path
+crashed = Path(sys.argv[1]) / "crashed"
+if not crashed.exists():
+    crashed.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+print(json.dumps({"found": 1}))
+"""
+
+
+def test_ranks_of_which_one_dies_of_a_signal_begin_once_more(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ranks.py").write_text(CRASHES_ONCE)
+    together = load("together").together
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "ranks.py"), str(tmp_path)])
+    assert together("any", 1) == [{"found": 1}]
+    assert "any: rank 0 of 1 ended with -9; once more" in capsys.readouterr().out
+
+
 def test_ranks_end_with_the_benchmark(load: Any, tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(RANKS)
     code = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); from together import together\n"
