@@ -5,7 +5,7 @@
 
 Without files, rows of made-up lengths stand for real ones. Nothing else should run on the machine. With N
 threads a training of ours is N ranks of one thread, against peers of N threads and of N ranks; one thread
-of both sides is measured too. --short: fewer rounds, rows and peers, models and lengths as ever; some 25
+of both sides is measured too. --short: fewer rounds, rows and peers, models and lengths as ever; some 45
 minutes on 4 quiet cores.
 """
 
@@ -26,21 +26,24 @@ HERE = Path(__file__).parent
 VOCABULARIES = [["--vocab", "32000"], ["--vocab", "128000"], ["--vocab", "256000"]]
 FEW_EPOCHS = ["pretrain.0.epochs=0.05", "pretrain.1.epochs=0.1", "pretrain.2.epochs=0.2"]
 FEW_EPOCHS += ["teachers.llama.epochs=0.2", "teachers.qwen.epochs=0.2", "distill.epochs=0.2"]
+ONCE = ["--rounds", "1"]
 SHORT = {
-    "training.py": ["--steps", "2"],
+    "training.py": ["--steps", "3"],
     "teacher_logits.py": ["--count", "60"],
     "inference.py": ["--count", "60"],
     "quantization.py": ["--calibration", "32"],
-    "overhead.py": ["--set", *FEW_EPOCHS],
+    "overhead.py": [*ONCE, "--set", *FEW_EPOCHS],
+    "sparse_cache.py": ONCE,
+    "sequence_step.py": ONCE,
     "txtai_peer.py": ["--count", "64"],
-}  # and one round of each
+}  # and two rounds of each
 
 
 def main() -> None:
     found = parser(__doc__)
     found.add_argument("--prefs", type=Path)
     found.add_argument("--imdb", type=Path)
-    found.add_argument("--short", action="store_true", help="one round, fewer rows")
+    found.add_argument("--short", action="store_true", help="two rounds or one, fewer rows")
     add_flag(found)
     asked = found.parse_args()
     if asked.clock == "cpu" and asked.threads > 1:
@@ -61,7 +64,7 @@ def main() -> None:
         rows.touch()
         for name, more in jobs:
             print(f"\n{name} {' '.join(more)}", flush=True)
-            fewer = ["--rounds", "1", *SHORT.get(name, [])] if asked.short else []
+            fewer = ["--rounds", "2", *SHORT.get(name, [])] if asked.short else []
             command = [sys.executable, str(HERE / name), *shared, "--rows", str(rows), *fewer, *more]
             if subprocess.run(command, env=environment).returncode:
                 failed.append(name)

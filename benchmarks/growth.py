@@ -104,28 +104,27 @@ def measured(
     prepared(raw(place / "few.parquet", 100), folds)  # every import once
     source = raw(place / "raw.parquet", count)
     table = timed("prepare", lambda: prepared(source, folds))
-    ids = table["id"].to_pylist()
-    said = np.random.default_rng(0).normal(0, 1, (len(ids), len(LABELS))).astype(np.float32)
+    said = np.random.default_rng(0).normal(0, 1, (len(table), len(LABELS))).astype(np.float32)
     timed("write", lambda: write(place, table, said, teachers, folds))
     names = {str(t): lambda fold, t=t: place / f"{t}-{fold}" for t in range(teachers)}
     view = "oof" if folds > 1 else "in_sample"
     timed("join", lambda: crossfit.teacher_logits(table, names, 0, count=folds, view=view, labels=LABELS))
-    lengths = np.random.default_rng(0).integers(10, 1000, len(ids))
-    timed("batches", lambda: epoch_steps(np.arange(len(ids)), lengths, 64, 4096, 1, 0))
+    lengths = np.random.default_rng(0).integers(10, 1000, len(table))
+    timed("batches", lambda: epoch_steps(np.arange(len(table)), lengths, 64, 4096, 1, 0))
     return found
 
 
 def write(place: Path, table: Any, said: Any, teachers: int, folds: int) -> None:
-    from llmkd import crossfit, logits
+    from llmkd import crossfit
+    from llmkd.ids import Ids
 
-    ids = table["id"].to_pylist()
     for teacher in range(teachers):
         for fold in range(folds):
             views = {name: at for name, at in crossfit.view_rows(table, fold, folds).items() if len(at)}
             directory = place / f"{teacher}-{fold}"
             directory.mkdir(exist_ok=True)
-            cached = {view: ([ids[row] for row in at], said[at]) for view, at in views.items()}
-            logits.write(directory / "logits.parquet", cached, teacher=str(teacher), labels=LABELS)
+            found = {view: said[at] for view, at in views.items()}
+            crossfit.write_views(directory, Ids(table["id"]), views, found, str(teacher), LABELS)
 
 
 def prepared(source: Path, folds: int) -> Any:

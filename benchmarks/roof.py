@@ -9,8 +9,8 @@ counts as lost): a frozen layer of I inputs and O outputs 2IO forward and 2IO fo
 adapter 2r(I + O) each for forward, input and weights; attention 6 products of L(L + 1)/2 pairs of tokens,
 2D each, a head. The first layer's projections of queries, keys and values need no gradient of their input.
 The last layer's keys and values are of all tokens; all else there is of the one token that the head reads.
---ranks N: N processes of one thread share the step as the engine deals it, gradients meet once; the product
-is N at once, one a process. Each rate is all ranks' operations by the seconds of the slowest.
+--ranks N: N processes of one thread share the step as the engine deals it, gradients meet once; its rate is
+all operations by the seconds of the slowest. The product is N at once, one a process, their rates together.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import argparse
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from side import Row, clock, compare, in_turn, middle, parser, parts
+from side import Row, clock, compare, parser, parts
 from student import LORA, SIZES, TOY, classifier, examples, lengths_in_words, our_lora, token_rows
 from together import together
 
@@ -51,76 +52,63 @@ def measure(asked: argparse.Namespace) -> list[Row]:
     rows = np.concatenate([rows for rows, _ in step])
     print(f"the step: {lengths_in_words(data.lengths[rows])}, {len(step)} micro-batches")
     needed = operations(sizes, LORA["r"], data.lengths[rows])
-    method, optimizer = student(sizes)
-
-    def trained() -> dict[str, float]:
-        if asked.ranks > 1:
-            each = together("step", asked.ranks)
-            return {
-                "rate": needed / max(one["seconds"] for one in each),
-                "loss": sum(one["loss"] for one in each),
-            }
-        began = clock(asked)
-        loss = train(method, optimizer, data, step, asked.step_rows)
-        return {"rate": needed / (clock(asked) - began), "loss": loss}
-
-    def product() -> dict[str, float]:
-        if asked.ranks > 1:
-            each = together("product", asked.ranks)
-            return {"rate": sum(one["done"] for one in each) / max(one["seconds"] for one in each)}
-        found = products(asked)
-        return {"rate": found["done"] / found["seconds"]}
-
-    train(method, optimizer, data, step[:1], asked.step_rows)
-    found = in_turn({"step": trained, "product": product}, asked.rounds)
-    shares = [a["rate"] / b["rate"] for a, b in zip(found["step"], found["product"], strict=True)]
+    each = together("turns", asked.ranks) if asked.ranks > 1 else [turns(asked)]
+    steps = [needed / max(times) for times in zip(*(one["step"] for one in each), strict=True)]
+    products = [sum(rates) for rates in zip(*(one["product"] for one in each), strict=True)]
+    for number, (ours, theirs) in enumerate(zip(steps, products, strict=True), 1):
+        print(f"  round {number}: step {ours / 1e9:.1f}, product {theirs / 1e9:.1f} GFLOP/s", flush=True)
     print(f"a step needs {needed / 1e9:.1f} G operations; where its time goes, in one micro-batch:")
-    print(profiled(method, data, step[len(step) // 2][0]))
-    ours, theirs = (f"{middle(found, way, 'rate') / 1e9:.1f} GFLOP/s" for way in found)
-    note = f"loss {middle(found, 'step', 'loss'):.5f}"
+    print(profiled(student(sizes)[0], data, step[len(step) // 2][0]))
+    shares = [ours / theirs for ours, theirs in zip(steps, products, strict=True)]
+    sides = [f"{median(rates) / 1e9:.1f} GFLOP/s" for rates in (steps, products)]
+    note = f"loss {median(sum(losses) for losses in zip(*(one['loss'] for one in each), strict=True)):.5f}"
     what = f"a training step's matrix rate, {parts(asked)}"
     against = f"{asked.ranks} large products at once" if asked.ranks > 1 else "one large product"
-    return [Row(what, against, shares, ">= 0.7", ours, theirs, note)]
+    return [Row(what, against, shares, ">= 0.7", *sides, note)]
 
 
-def rank(asked: argparse.Namespace) -> dict[str, float]:
+def rank(asked: argparse.Namespace) -> dict[str, list[float]]:
     """In one rank's process."""
     from llmkd import ranks
 
     ranks.start()
-    found = products(asked) if asked.way == "product" else share(asked)
+    found = turns(asked)
     ranks.stop()
     return found
 
 
-def products(asked: argparse.Namespace) -> dict[str, float]:
-    """The operations of ten large products, and their seconds; with ranks, from a common barrier."""
-    from llmkd import ranks
-
-    size = 256 if asked.quick else 2048
-    square = torch.randn(size, size).bfloat16()
-    square @ square  # once before: the kernel is made
-    ranks.barrier()
-    began = clock(asked)
-    for _ in range(10):
-        square @ square
-    return {"done": 10.0 * 2 * size**3, "seconds": clock(asked) - began}
-
-
-def share(asked: argparse.Namespace) -> dict[str, float]:
-    """This rank's share of the step, until all have taken it."""
+def turns(asked: argparse.Namespace) -> dict[str, list[float]]:
+    """Step and product in turn: seconds of this process's share of a step until all have taken theirs, its
+    share of the loss, and operations a second of its products, which take about as long as the step."""
     from torch.nn.parallel import DistributedDataParallel
 
     from llmkd import ranks
 
     data, step = chosen(asked)
     method, optimizer = student(TOY if asked.quick else SIZES)
-    method = DistributedDataParallel(method)
-    train(method, optimizer, data, step[:1], asked.step_rows)
-    ranks.barrier()
+    if asked.ranks > 1:
+        method = DistributedDataParallel(method)
+    train(method, optimizer, data, step[:1], asked.step_rows)  # every kernel once
+    found: dict[str, list[float]] = {"step": [], "loss": [], "product": []}
+    for _ in range(asked.rounds):
+        ranks.barrier()
+        began = clock(asked)
+        found["loss"].append(train(method, optimizer, data, step, asked.step_rows))
+        found["step"].append(clock(asked) - began)
+        ranks.barrier()
+        found["product"].append(product(asked))
+    return found
+
+
+def product(asked: argparse.Namespace) -> float:
+    """Operations a second of large products."""
+    size, times = (256, 10) if asked.quick else (2048, 40 * torch.get_num_threads())
+    square = torch.randn(size, size).bfloat16()
+    square @ square  # once before: the kernel is made
     began = clock(asked)
-    loss = train(method, optimizer, data, step, asked.step_rows)
-    return {"seconds": clock(asked) - began, "loss": loss}
+    for _ in range(times):
+        square @ square
+    return 2.0 * times * size**3 / (clock(asked) - began)
 
 
 def chosen(asked: argparse.Namespace) -> tuple[Any, list[Any]]:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from llmkd import mapped
 from llmkd.errors import DataError
+from llmkd.ids import Ids, repeated
 from llmkd.tasks import KINDS, content
 from llmkd.tasks.image import BYTES
 
@@ -265,27 +266,17 @@ def _ids(table: pa.Table, part: str, id_column: str | None, problems: list[str])
         names = (numbered(part, min(start + mapped.BATCH, table.num_rows), start) for start in starts)
         return mapped.column(pa.string(), (pa.array(some, pa.string()) for some in names))
     ids = pc.fill_null(table[id_column].cast(pa.string()), "")
-    repeated = [id for id in repeated_ids(ids) if id]
+    twice = [id for id in repeated(Ids(ids), len(ids)) if id]
     if empty := pc.sum(pc.equal(ids, "")).as_py():
         problems.append(f"{empty} rows have no id in {id_column!r}: fill them")
-    if repeated:
+    if twice:
         problems.append(
-            f"{len(repeated)} ids in {id_column!r} repeat, first {repeated[0]!r}: "
+            f"{len(twice)} ids in {id_column!r} repeat, first {twice[0]!r}: "
             "make them unique, or leave task.id out"
         )
     if pc.any(pc.ends_with(ids, SWAPPED)).as_py():
         problems.append(f"an id in {id_column!r} ends with {SWAPPED}, the mark of swapped copies: rename it")
     return ids
-
-
-def repeated_ids(ids: pa.ChunkedArray) -> list[str]:
-    """The ids that stand there more than once; all are held only where two have one hash."""
-    hashes = (hash(id) for _, part in mapped.slices(ids) for id in part.to_pylist())
-    if len(np.unique(np.fromiter(hashes, np.int64, len(ids)))) == len(ids):
-        return []
-    counts = pc.value_counts(ids)
-    values: list[str] = counts.filter(pc.greater(counts.field("counts"), 1)).field("values").to_pylist()
-    return values
 
 
 def blank_rows(texts: Mapping[str, pa.ChunkedArray], kind: str, count: int) -> npt.NDArray[np.bool_]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from llmkd import folds, logits, ranks
+from llmkd import folds, logits, mapped, ranks
 from llmkd.batches import Examples, Rows, padding_share, sorted_batches, token_examples
 from llmkd.errors import ModelError
+from llmkd.ids import Ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,12 +55,12 @@ def text_examples(
         )
     tokens, offsets = encode_rows(table, encode)
     pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    return token_examples(table["id"].to_pylist(), tokens, offsets, training_labels(table), pad)
+    return token_examples(Ids(table["id"]), tokens, offsets, training_labels(table), pad)
 
 
 def training_labels(table: pa.Table) -> NDArray[np.int64]:
     """Labels of training rows, -1 for all others. (N,)"""
-    labels = np.where(table["part"].to_numpy() == "train", table["label"].to_numpy(), -1)
+    labels = np.where(folds.in_part(table, "train"), table["label"].to_numpy(), -1)
     return labels.astype(np.int64)
 
 
@@ -68,10 +69,9 @@ def view_rows(table: pa.Table, fold: int, count: int) -> dict[str, Rows]:
 
     "oof" and "in_sample" part the training rows; "test" and "transfer" are those parts as a whole.
     """
-    part, at = table["part"].to_numpy(), table["fold"].to_numpy()
-    train = part == "train"
-    held = train & (at == fold) if count > 1 else np.zeros_like(train)
-    views = {"oof": held, "in_sample": train & ~held, "test": part == "test", "transfer": part == "transfer"}
+    train, test, transfer = (folds.in_part(table, part) for part in ("train", "test", "transfer"))
+    held = train & (table["fold"].to_numpy() == fold) if count > 1 else np.zeros_like(train)
+    views = {"oof": held, "in_sample": train & ~held, "test": test, "transfer": transfer}
     return {name: np.flatnonzero(chosen) for name, chosen in views.items()}
 
 
@@ -216,7 +216,7 @@ def write_views(
     labels: Sequence[str],
 ) -> None:
     """logits.parquet of the views found; nothing where there are none (one fold, no test part)."""
-    cached = {view: ([ids[row] for row in rows[view]], found[view]) for view in found}
+    cached = {view: (Ids.over(ids).of(rows[view]), found[view]) for view in found}
     if cached:
         logits.write(directory / "logits.parquet", cached, teacher=name, labels=labels)
 
@@ -238,8 +238,8 @@ def teacher_logits(
     logits are those of teacher `fold`, or under oof the log of the other folds' mean probabilities.
     teachers: name -> (fold -> its finished directory).
     """
-    ids = np.asarray(table["id"].to_pylist(), dtype=object)
-    joined = np.zeros((len(table), len(teachers), len(labels)), dtype=np.float32)
+    ids = Ids(table["id"])
+    joined = mapped.zeros((len(table), len(teachers), len(labels)), np.float32)
     sources = [fold] if view == "in_sample" else [other for other in range(count) if other != fold]
     for t, where in enumerate(teachers.values()):
         for part in parts:
@@ -247,9 +247,11 @@ def teacher_logits(
             for source in sources:
                 rows = view_rows(table, source, count)[view if part == "train" else part]
                 file = where(source) / "logits.parquet"
-                found.append(logits.read(file, view if part == "train" else part, ids[rows], labels=labels))
+                own = logits.read(file, view if part == "train" else part, ids.of(rows), labels=labels)
                 if part == "train":
-                    joined[rows, t] = found[-1]
+                    joined[rows, t] = own
+                else:
+                    found.append(own)
             if part != "train":
                 joined[rows, t] = found[0] if len(found) == 1 else mean_logits(found)
     return joined

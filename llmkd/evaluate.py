@@ -130,6 +130,7 @@ def artifact_logits(
     from llmkd import features
     from llmkd.batches import padding_share, sorted_batches
     from llmkd.crossfit import text_examples, training_labels
+    from llmkd.ids import Ids
     from llmkd.models.artifact import load_artifact
     from llmkd.models.load import check_budget
     from llmkd.models.outputs import outputs
@@ -139,7 +140,7 @@ def artifact_logits(
     dtype = torch.float32 if precision == "fp32" else None
     model, reader = load_artifact(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if isinstance(reader, dict):  # a net's features
-        examples = features.examples(table, reader, table["id"].to_pylist(), training_labels(table))
+        examples = features.examples(table, reader, Ids(table["id"]), training_labels(table))
     else:
         check_budget(model.config, str(path), int(text["max_tokens"]))
         examples = text_examples(table, reader, kind, **text)

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from llmkd.errors import DataError
 
@@ -45,7 +46,7 @@ def check(folds: npt.ArrayLike, groups: npt.ArrayLike) -> None:
 def dev_rows(table: pa.Table, fold: int) -> Ints:
     """Indices of the rows that `fold` is judged on, in their given order only; empty for a single fold."""
     parts = _folds(table, fold)
-    return np.flatnonzero(_is_part(table, "train") & (parts == fold) & ~_bools(table, "swapped"))
+    return np.flatnonzero(in_part(table, "train") & (parts == fold) & ~_bools(table, "swapped"))
 
 
 def _split(
@@ -87,8 +88,9 @@ def _folds(table: pa.Table, fold: int) -> npt.NDArray[np.int16]:
     return np.asarray(parts, dtype=np.int16)
 
 
-def _is_part(table: pa.Table, part: str) -> Bools:
-    return np.asarray(table["part"].to_numpy() == part)
+def in_part(table: pa.Table, part: str) -> Bools:
+    """(N,)"""
+    return np.asarray(pc.equal(table["part"], part).to_numpy())
 
 
 def _bools(table: pa.Table, column: str) -> Bools:

@@ -16,6 +16,7 @@ from llmkd.batches import Rows
 from llmkd.crossfit import view_rows
 from llmkd.errors import DataError
 from llmkd.evaluate import Logits, Probabilities, both_orders, mean_scores, scores, softmax
+from llmkd.ids import Ids
 
 
 def folds(table: pa.Table, files: Sequence[Path], labels: Sequence[str]) -> dict[str, Any]:
@@ -41,12 +42,12 @@ def on_view(
     table: pa.Table, files: Sequence[Path], view: str, labels: Sequence[str]
 ) -> tuple[list[Rows], list[Logits]]:
     """Of each fold's cache the row numbers of a view, in their given order, and the logits (N, C) on them."""
-    ids = np.asarray(table["id"].to_pylist(), dtype=object)
+    ids = Ids(table["id"])
     given = ~table["swapped"].to_numpy(zero_copy_only=False).astype(bool)
     rows, found = [], []
     for fold, file in enumerate(files):
         at = view_rows(table, fold, len(files))[view]
-        found.append(logits.read(file, view, ids[at], labels=labels)[given[at]])
+        found.append(logits.read(file, view, ids.of(at), labels=labels)[given[at]])
         rows.append(at[given[at]])
     return rows, found
 

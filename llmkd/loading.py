@@ -95,6 +95,7 @@ def examples_of(config: Config, model: Model, table: pa.Table, reader: Any) -> E
     """All rows as one model reads them: in its tokenizer's ids, or by its features' spec. A language
     model's are the training rows alone, less those without a target."""
     from llmkd import crossfit, features
+    from llmkd.ids import Ids
 
     settings = text_settings(config, model)
     if config.task.kind == "causal_lm":
@@ -103,6 +104,4 @@ def examples_of(config: Config, model: Model, table: pa.Table, reader: Any) -> E
         return lm_rows.examples(table, reader, "train", **settings)[0]
     if not model.is_net:
         return crossfit.text_examples(table, reader, config.task.kind, **settings)
-    return features.examples(
-        table, reader, table["id"].to_pylist(), crossfit.training_labels(table), **settings
-    )
+    return features.examples(table, reader, Ids(table["id"]), crossfit.training_labels(table), **settings)

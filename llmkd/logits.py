@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from llmkd.errors import CacheError
+from llmkd.ids import repeated
 
-Ids = Sequence[str] | NDArray[np.object_]
+COLUMNS = ["id", "view", "logits"]
+GROUP = 8192  # rows of a row group, which is in memory while it is packed
 
 
 def write(
@@ -26,31 +28,31 @@ def write(
     labels: Sequence[str],
 ) -> None:
     """One file with the logits of every view: {view: (ids (N,), logits (N, C))}. Atomic."""
-    tables = []
     for view, (ids, logits) in views.items():
         _check(path, view, ids, logits, len(labels), "nothing was written")
-        values = pa.array(np.ascontiguousarray(logits, dtype=np.float32).reshape(-1))
-        tables.append(
-            pa.table(
-                {
-                    "id": pa.array(ids, pa.string()),
-                    "view": pa.array([view] * len(ids), pa.string()).dictionary_encode(),
-                    "logits": pa.FixedSizeListArray.from_arrays(values, len(labels)),
-                }
-            )
-        )
-    table = pa.concat_tables(tables).unify_dictionaries()
-    meta = {"teacher": teacher, "labels": json.dumps(list(labels))}
-    beside = path.with_name(path.name + ".tmp")
-    pq.write_table(table.replace_schema_metadata(meta), beside, compression="zstd")
+    kinds = [pa.string(), pa.dictionary(pa.int32(), pa.string()), pa.list_(pa.float32(), len(labels))]
+    schema = pa.schema(dict(zip(COLUMNS, kinds, strict=True)))
+    schema = schema.with_metadata({"teacher": teacher, "labels": json.dumps(list(labels))})
+    beside, names = path.with_name(path.name + ".tmp"), list(views)
+    with pq.ParquetWriter(beside, schema, compression="zstd") as packed:
+        for number, (ids, logits) in enumerate(views.values()):
+            for start in range(0, len(ids), GROUP):
+                some = slice(start, start + GROUP)
+                flat = pa.array(np.ascontiguousarray(logits[some], dtype=np.float32).reshape(-1))
+                values = pa.FixedSizeListArray.from_arrays(flat, len(labels))
+                words = pa.DictionaryArray.from_arrays(np.full(len(values), number, np.int32), names)
+                columns = [pa.array(ids[some], pa.string()), words, values]
+                packed.write_table(pa.Table.from_arrays(columns, schema=schema))
     os.replace(beside, path)
 
 
-def _check(path: Path, view: str, ids: Ids, logits: NDArray[np.float32], classes: int, remedy: str) -> None:
+def _check(
+    path: Path, view: str, ids: Sequence[str], logits: NDArray[np.float32], classes: int, remedy: str
+) -> None:
     if logits.shape != (len(ids), classes):
         expected = (len(ids), classes)
         raise CacheError(f"{path}: {view} logits are {logits.shape}, expected {expected}; {remedy}")
-    if len(set(ids)) != len(ids):
+    if repeated(ids, len(ids)):
         raise CacheError(f"{path}: {view} has an id twice; {remedy}")
     if not np.isfinite(logits).all():
         row = int(np.argmin(np.isfinite(logits).all(-1)))
@@ -69,7 +71,7 @@ def _check_types(schema: pa.Schema) -> None:
 def read(
     path: Path,
     view: str,
-    ids: Ids,
+    ids: Sequence[str],
     *,
     labels: Sequence[str],
     remedy: str = "run stage 02 anew",
@@ -82,17 +84,36 @@ def read(
     if not path.is_file():
         raise CacheError(f"{path}: no logits here; {remedy}")
     try:
-        table = pq.read_table(path, columns=["id", "view", "logits"])
-        table.validate(full=True)  # words that are not UTF-8, offsets that lead outside
-        names = json.loads((table.schema.metadata or {})[b"labels"])
-        _check_types(table.schema)
+        alike = _alike(path, view, ids, labels, remedy)
+        table = None if alike is not None else pa.Table.from_batches(_parts(path, view, labels, remedy))
     except (pa.ArrowException, KeyError, ValueError, TypeError, RecursionError, OSError) as error:
         raise CacheError(
             f"{path}: not a logits cache ({' '.join(str(error).split())[:120]}); {remedy}"
         ) from error
-    if names != list(labels):
-        raise CacheError(f"{path}: labels {names}, but this run's are {list(labels)}; {remedy}")
-    table = table.filter(pc.equal(table["view"], view))
+    logits = _joined(path, table, view, ids, len(labels), remedy) if table is not None else alike
+    assert logits is not None
+    _check(path, view, ids, logits, len(labels), remedy)
+    return logits
+
+
+def _alike(
+    path: Path, view: str, ids: Sequence[str], labels: Sequence[str], remedy: str
+) -> NDArray[np.float32] | None:
+    """The logits where the file has the very ids asked for, in their order, as what `write` wrote for the
+    same rows has: then nothing else is held. None where it has not."""
+    found, at = np.empty((len(ids), len(labels)), np.float32), 0
+    for part in _parts(path, view, labels, remedy):
+        if part["id"].to_pylist() != list(ids[at : at + len(part)]):
+            return None
+        found[at : at + len(part)] = _values(part["logits"], len(labels))
+        at += len(part)
+    return found if at == len(ids) else None
+
+
+def _joined(
+    path: Path, table: pa.Table, view: str, ids: Sequence[str], classes: int, remedy: str
+) -> NDArray[np.float32]:
+    """The logits of ids that stand in another order."""
     if pc.count_distinct(table["id"], mode="all").as_py() != len(table):
         raise CacheError(f"{path}: {view} has an id twice; {remedy}")
     asked = pa.array(ids, pa.string())
@@ -104,9 +125,27 @@ def read(
         )
     if len(table) > len(ids):
         raise CacheError(f"{path}: {view} has {len(table) - len(ids)} rows that are not this run's; {remedy}")
-    flat = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    if len(flat) != len(table) * len(labels):
-        raise CacheError(f"{path}: {view} rows do not hold {len(labels)} logits each; {remedy}")
-    logits = flat.reshape(len(table), len(labels))[at.to_numpy()]
-    _check(path, view, ids, logits, len(labels), remedy)
-    return np.ascontiguousarray(logits, dtype=np.float32)
+    return _values(table["logits"].combine_chunks(), classes)[at.to_numpy()]
+
+
+def _parts(path: Path, view: str, labels: Sequence[str], remedy: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a view, some at a time; an empty batch where there are none."""
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        _check_types(file.schema_arrow)
+        names = json.loads((file.schema_arrow.metadata or {})[b"labels"])
+        if names != list(labels):
+            raise CacheError(f"{path}: labels {names}, but this run's are {list(labels)}; {remedy}")
+        yield pa.RecordBatch.from_pylist([], pa.schema([file.schema_arrow.field(name) for name in COLUMNS]))
+        for part in file.iter_batches(GROUP, columns=COLUMNS):
+            part.validate(full=True)  # words that are not UTF-8, offsets that lead outside
+            some = part.filter(pc.equal(part["view"], view))
+            if len(some):
+                if len(some["logits"].flatten()) != len(some) * len(labels):
+                    raise CacheError(f"{path}: {view} rows do not hold {len(labels)} logits each; {remedy}")
+                yield some
+
+
+def _values(logits: pa.Array, classes: int) -> NDArray[np.float32]:
+    """(n, C)"""
+    flat: NDArray[np.float32] = logits.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(-1, classes)

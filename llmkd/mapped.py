@@ -110,6 +110,21 @@ def slices(rows: Rows) -> Iterator[tuple[int, Rows]]:
         yield start, rows.slice(start, BATCH)
 
 
+def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Zeros to be written over; a large array lies in a temporary file that goes with the process.
+
+    Raises as `copied` does: its room on the disk is taken at once.
+    """
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size <= SMALL:
+        return np.zeros(shape, dtype)
+    with _temporary(), tempfile.TemporaryFile() as file:
+        for start in range(0, size, SMALL):
+            file.write(bytes(min(SMALL, size - start)))
+        file.flush()
+        return np.memmap(file, dtype, "r+", shape=shape)
+
+
 class Column:
     """Values of one kind, appended to a temporary file that goes with the process.
 

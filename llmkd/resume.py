@@ -15,15 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import transformers.trainer
-from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmkd import checkpoint, interrupt, ranks, sharded
 from llmkd.checkpoint import over, under
 from llmkd.errors import ModelError, Stopped
+from llmkd.kept import Kept
 from llmkd.models.lora import load_trainable, trainable, trainable_state
 
 if TYPE_CHECKING:
@@ -190,28 +189,27 @@ def _schedule(trainer: StepTrainer) -> Any:
     return getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
 
 
-def keeping(
-    directory: Path | None, minutes: float
-) -> tuple[dict[int, NDArray[np.float32]], Callable[[bool], None]]:
-    """Logits by row that an interrupted prediction left, of all its ranks; and what saves this rank's.
+def keeping(directory: Path | None, minutes: float) -> tuple[Kept, Callable[[bool], None]]:
+    """Logits that an interrupted prediction left, of all its ranks; and what saves this rank's.
 
     The second is called after each batch, and writes every `minutes`; told that it was the last, it writes
     what is not yet on the disk.
     """
-    found: dict[int, NDArray[np.float32]] = {}
     if directory is None:
-        return found, lambda last: None
+        return Kept(), lambda last: None
+    found = Kept()
     ranks_before = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     for name in ranks.gather(ranks_before)[0]:
         if saved := checkpoint.read(directory / name):
-            found |= zip(saved[0]["rows"].tolist(), saved[0]["logits"].numpy(), strict=True)
+            found.add(saved[0]["rows"].numpy(), saved[0]["logits"].numpy())
     ranks.barrier()  # no rank writes before all have read
+    found = found.once()
     own, when, count = directory / f"rank{ranks.rank()}", time.monotonic(), len(found)
 
     def save(last: bool) -> None:
         nonlocal when, count
         if len(found) > count and (last or time.monotonic() - when >= 60 * minutes):
-            rows, logits = torch.tensor(list(found)), torch.from_numpy(np.stack(list(found.values())))
+            rows, logits = map(torch.from_numpy, found.joined())
             checkpoint.write(own, len(found), {"rows": rows, "logits": logits}, {})
             when, count = time.monotonic(), len(found)
 

@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 
 from llmkd import folds as folding
 from llmkd import mapped
-from llmkd.canonical import OWN_COLUMNS, SWAPPED, canonical, repeated_ids
+from llmkd.canonical import OWN_COLUMNS, SWAPPED, canonical
 from llmkd.errors import DataError
+from llmkd.ids import Ids, repeated
 from llmkd.progress import bar
 from llmkd.sources import arena_numbers, read
 from llmkd.tasks import KINDS, preference
@@ -86,10 +87,11 @@ def held_out(
 
 def _check_ids(parts: Sequence[pa.Table]) -> None:
     """Ids are unique over all parts: logits are joined by them."""
-    repeated = repeated_ids(pa.chunked_array([chunk for table in parts for chunk in table["id"].chunks]))
-    if repeated:
+    ids = Ids(pa.chunked_array([chunk for table in parts for chunk in table["id"].chunks]))
+    twice = repeated(ids, len(ids))
+    if twice:
         raise DataError(
-            f"{len(repeated)} ids stand in more than one part, first {repeated[0]!r}: "
+            f"{len(twice)} ids stand in more than one part, first {twice[0]!r}: "
             "make them unique, or leave task.id out"
         )
 

@@ -24,6 +24,7 @@ from transformers.trainer_utils import set_seed
 from llmkd import checkpoint, interrupt, ranks
 from llmkd.batches import Examples, Rows, Steps, padding_share, sorted_batches
 from llmkd.errors import ConfigError, DataError, ModelError, Stopped
+from llmkd.kept import Kept, in_order
 from llmkd.models.lora import load_trainable
 from llmkd.models.pooling import autocast, class_logits, without_dropout
 from llmkd.progress import bar
@@ -240,25 +241,29 @@ def predict(
     """
     found, save = keeping(keep, keep_minutes)
     batches = sorted_batches(rows, examples.lengths, batch_tokens)
-    batches = [batch for batch in batches if not all(row in found for row in batch.tolist())]
+    if len(found):
+        known = np.zeros(len(examples.lengths), dtype=bool)
+        known[found.joined()[0]] = True
+        batches = [batch for batch in batches if not known[batch].all()]
     # under ZeRO-3 every rank must run equally many forwards: the last one, the shortest, is run again
     # where their number does not divide, and counted once
     fill = -len(batches) % ranks.world()
     mine = (batches + batches[-1:] * fill)[ranks.rank() :: ranks.world()]
     device = next(model.parameters()).device
-    odd: dict[int, NDArray[np.float32]] = {}  # not finite: told below, and asked for anew by the next call
+    odd = Kept()  # not finite: told below, and asked for anew by the next call
     try:
         with inference(model), autocast(precision, device):
             for batch in bar(mine, "logits"):
                 inputs = {name: tensor.to(device) for name, tensor in examples.inputs(batch).items()}
                 logits = _mean_logits(model, examples.copies(inputs) if examples.copies else [inputs])
-                for row, one in zip(batch.tolist(), logits.cpu().numpy(), strict=True):
-                    (found if np.isfinite(one).all() else odd)[row] = one
+                values = logits.cpu().numpy()  # (B, C)
+                finite = np.isfinite(values).all(-1)
+                found.add(batch[finite], values[finite])
+                odd.add(batch[~finite], values[~finite])
                 save(False)
     finally:  # also of what a signal or an error ends
         save(True)
-    merged = {row: logits for part in ranks.gather({**found, **odd}) for row, logits in part.items()}
-    result = np.stack([merged[row] for row in rows.tolist()]) if len(rows) else np.zeros((0, 0), np.float32)
+    result = in_order(rows, [part for both in ranks.gather([found.joined(), odd.joined()]) for part in both])
     _check_finite(result, (examples.ids[row] for row in rows.tolist()))
     return result
 

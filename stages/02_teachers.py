@@ -153,12 +153,13 @@ def leave(
 ) -> None:
     """logits.parquet of all views of one fold."""
     from llmkd import crossfit
+    from llmkd.ids import Ids
 
     asked = [*config.views, "test", "transfer"]
     views = crossfit.view_rows(table, fold, config.folds.count)
     rows = {view: at for view, at in views.items() if view in asked and len(at)}
     found = {view: logits_of(at) for view, at in rows.items()}
-    crossfit.write_views(unit.path, table["id"].to_pylist(), rows, found, name, labels)
+    crossfit.write_views(unit.path, Ids(table["id"]), rows, found, name, labels)
     unit.rows.update({view: len(at) for view, at in rows.items()})
 
 

@@ -9,6 +9,7 @@ os.environ.update(TRANSFORMERS_VERBOSITY="error", CUDA_VISIBLE_DEVICES="")
 
 import fcntl
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,19 @@ def _environment_stays() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def no_thread_to_wait_for() -> Iterator[None]:
+    """A test before may have imported gptqmodel: its log has a thread, and at its end a fork of this process
+    would wait for that. (A run forks only where there is no such thread.)"""
+    every = [(one, one.peek()) for one in list(weakref.finalize._registry)]  # type: ignore[attr-defined]
+    kept = [one for one, found in every if found and "logbar" in str(getattr(found[1], "__module__", ""))]
+    for one in kept:
+        one.atexit = False
+    yield
+    for one in kept:
+        one.atexit = True
 
 
 def once(factory: pytest.TempPathFactory, worker: str, name: str, fill: Callable[[Path], None]) -> Path:

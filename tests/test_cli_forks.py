@@ -18,7 +18,10 @@ from llmkd import interrupt, libraries
 from llmkd.cli import forks, processes, run, states
 from llmkd.config import load
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="stages are forked on Linux alone")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="stages are forked on Linux alone"),
+    pytest.mark.usefixtures("no_thread_to_wait_for"),
+]
 
 FACTS = """
 import json, os, pathlib, random, signal, sys

@@ -19,6 +19,7 @@ from llmkd.cli import forks, main, processes, run
 from llmkd.cli.options import STAGES
 from llmkd.config import load
 
+pytestmark = pytest.mark.usefixtures("no_thread_to_wait_for")
 # Notes its words, the beginning and the end of its work; ends as a file beside it says, or sleeps till then.
 STAND_IN = """
 import json, os, pathlib, signal, sys, time

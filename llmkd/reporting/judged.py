@@ -15,6 +15,7 @@ from llmkd import judging, logits
 from llmkd import run as runs
 from llmkd.errors import RunError
 from llmkd.evaluate import Probabilities, softmax
+from llmkd.ids import Ids
 from llmkd.reporting.gather import EVALUATE, PREPARE, REMEDY, Units, folds_of
 
 COLUMNS = ("id", "stem", "swapped", "part", "fold", "label", "bayes")  # never a text
@@ -36,8 +37,8 @@ def judged(
     file = pq.ParquetFile(run / PREPARE / "rows.parquet")
     table = file.read(columns=[name for name in COLUMNS if name in file.schema_arrow.names])
     test = judging.TestRows(table, units[PREPARE]["settings"]["task"]["kind"], len(labels))
-    everything = np.asarray(test.table["id"].to_pylist(), dtype=object)
-    ids = everything[test.given]
+    everything = Ids(test.table["id"])
+    ids = np.asarray(list(everything.of(test.given)), dtype=object)
     places = {name: [run / place for place in found] for name, found in folds_of(units, student).items()}
     for peer in peers:
         places[f"peer {peer}"] = [place / "peers" / peer for place in places["student"]]

@@ -190,14 +190,15 @@ def test_no_training_text_reaches_a_language_model_s_artifact(finished_lm: Path)
 
 
 def no_space(*args: Any, **kwargs: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device", str(args[-1]))
+    paths = [str(one) for one in args if isinstance(one, Path)]
+    raise OSError(errno.ENOSPC, "No space left on device", *paths[:1])
 
 
 @pytest.mark.parametrize(
     ("stage", "where"),
     [
         ("00_prepare", "llmkd.mapped.write"),
-        ("02_teachers", "pyarrow.parquet.write_table"),
+        ("02_teachers", "pyarrow.parquet.ParquetWriter"),
         ("02_teachers", "safetensors.torch.save_file"),
         ("02_teachers", "llmkd.run._sync"),
         ("04_merge", "llmkd.run.write_json"),

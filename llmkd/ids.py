@@ -1,0 +1,64 @@
+"""Rows' ids as they lie in a column: read when asked for, since as Python's strings they are large."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+import pyarrow as pa
+
+from llmkd.mapped import BATCH
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Ids(Sequence[str]):
+    """A column's strings, or those of some of its rows, by their row numbers."""
+
+    def __init__(self, column: pa.ChunkedArray, rows: NDArray[np.int64] | None = None) -> None:
+        self.column, self.rows = column, rows
+
+    def __len__(self) -> int:
+        return len(self.column if self.rows is None else self.rows)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | slice) -> str | list[str]:
+        if isinstance(at, slice):
+            return self._several(range(len(self))[at])
+        return str(self.column[int(at if self.rows is None else self.rows[at])].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), BATCH):
+            yield from self[start : start + BATCH]
+
+    @classmethod
+    def over(cls, ids: Sequence[str]) -> Ids:
+        return ids if isinstance(ids, Ids) else cls(pa.chunked_array([pa.array(ids, pa.string())]))
+
+    def of(self, rows: NDArray[np.int64]) -> Ids:
+        """Those of some of these rows."""
+        return Ids(self.column, rows if self.rows is None else self.rows[rows])
+
+    def _several(self, at: range) -> list[str]:
+        if not at:
+            return []
+        rows = np.asarray(at) if self.rows is None else self.rows[at.start : at.stop : at.step]
+        first = int(rows.min())  # `take` of a whole column would unpack all of it
+        near = self.column.slice(first, int(rows.max()) - first + 1).combine_chunks()
+        found: list[str] = near.take(pa.array(rows - first)).to_pylist()
+        return found
+
+
+def repeated(ids: Iterable[str], count: int) -> list[str]:
+    """Those that stand more than once among `count` ids; all are held only where two have one hash."""
+    hashes = np.fromiter(map(hash, ids), np.int64, count)
+    hashes.sort()
+    if not (hashes[1:] == hashes[:-1]).any():
+        return []
+    return [id for id, times in Counter(ids).items() if times > 1]
