@@ -36,7 +36,7 @@ SHORT = {
     "sparse_cache.py": ONCE,
     "sequence_step.py": ONCE,
     "txtai_peer.py": ["--count", "64"],
-}  # and two rounds of each
+}  # and two rounds of each other
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def trainings(asked: argparse.Namespace, data: list[list[str]]) -> list[tuple[st
     many, one_thread = ["--ranks", str(asked.threads)], ["--threads", "1"]
     if asked.threads == 1:
         return [*(("training.py", one) for one in data), ("roof.py", data[0])]
-    by_ranks = ["--peers", "plain2", "plain2-ranks", "trainer-ranks"] if asked.short else []
+    by_ranks = ["--peers", "plain2", "plain2-ranks"] if asked.short else []
     alone = ["--steps", "1", "--peers", "plain2", "trainer"] if asked.short else []
     jobs = [("training.py", [*one, *many, *by_ranks]) for one in data]
     jobs += [("roof.py", [*data[0], *many]), ("training.py", [*data[0], *one_thread, *alone])]

@@ -28,6 +28,8 @@ from side import Row, clock, compare, parser, parts
 from student import LORA, SIZES, TOY, classifier, examples, lengths_in_words, our_lora, token_rows
 from together import together
 
+PRODUCTS = 5.0  # seconds of products: ranks begin and end them together
+
 
 def main() -> None:
     found = parser(__doc__)
@@ -79,7 +81,7 @@ def rank(asked: argparse.Namespace) -> dict[str, list[float]]:
 
 def turns(asked: argparse.Namespace) -> dict[str, list[float]]:
     """Step and product in turn: seconds of this process's share of a step until all have taken theirs, its
-    share of the loss, and operations a second of its products, which take about as long as the step."""
+    share of the loss, and operations a second of its products."""
     from torch.nn.parallel import DistributedDataParallel
 
     from llmkd import ranks
@@ -96,18 +98,19 @@ def turns(asked: argparse.Namespace) -> dict[str, list[float]]:
         found["loss"].append(train(method, optimizer, data, step, asked.step_rows))
         found["step"].append(clock(asked) - began)
         ranks.barrier()
-        found["product"].append(product(asked))
+        found["product"].append(product(asked, 0.05 if asked.quick else PRODUCTS))
     return found
 
 
-def product(asked: argparse.Namespace) -> float:
-    """Operations a second of large products."""
-    size, times = (256, 10) if asked.quick else (2048, 40 * torch.get_num_threads())
+def product(asked: argparse.Namespace, least: float) -> float:
+    """Operations a second of large products, one after the other for `least` seconds."""
+    size = 256 if asked.quick else 2048
     square = torch.randn(size, size).bfloat16()
     square @ square  # once before: the kernel is made
-    began = clock(asked)
-    for _ in range(times):
+    began, times = clock(asked), 0
+    while clock(asked) - began < least:
         square @ square
+        times += 1
     return 2.0 * times * size**3 / (clock(asked) - began)
 
 
@@ -174,6 +177,7 @@ def operations(sizes: dict[str, int], r: int, lengths: np.ndarray, causal: bool 
 def profiled(method: Any, data: Any, rows: np.ndarray) -> str:
     from torch.profiler import ProfilerActivity, profile
 
+    backward(method, data, rows, 1.0, len(rows))  # every kernel once
     with profile(activities=[ProfilerActivity.CPU]) as found:
         backward(method, data, rows, 1.0, len(rows))
     most = sorted(found.key_averages(), key=lambda one: -one.self_cpu_time_total)

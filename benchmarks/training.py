@@ -12,7 +12,8 @@ llmkd.train.fit with llmkd.methods.cached, as stage 03 calls it. With --data, th
 of a tokenizer trained on them. The rows are whole steps of an epoch over the whole file. --ranks N: ours as
 N processes of one thread (torchrun --nproc_per_node N stages/03_distill.py), which share each step's rows,
 against the peers as one process of N threads and, named -ranks, as N processes of one thread too: the plain
-loop deals out a step's batches and adds the gradients once a step, the Trainer finds the launcher by itself.
+loop deals out a step's batches and adds the gradients once a step, the Trainer finds the launcher by itself
+(trainer-ranks runs only where it is named: 4 of it ran out of 23 GB, over `prefs`).
 Ranks are timed from a common barrier to the last one's end: starting, loading and a warm-up come before it.
 """
 
@@ -62,7 +63,8 @@ def main() -> None:
     if asked.quick:
         asked.steps, asked.step_rows, asked.max_tokens, asked.rounds = 2, 16, 48, 1
     if asked.peers is None:
-        asked.peers = [*NAMES, *(name + APART for name in NAMES if asked.ranks > 1)]
+        apart = ["plain2" + APART, "plain8" + APART] if asked.ranks > 1 else []
+        asked.peers = [*NAMES, *apart]
     if asked.ranks == 1 and any(peer.endswith(APART) for peer in asked.peers):
         sys.exit(f"--peers {' '.join(asked.peers)}: one of them runs by ranks; add --ranks N, N over 1")
     libraries.load()  # as a stage does, before either side trains

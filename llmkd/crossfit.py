@@ -216,7 +216,8 @@ def write_views(
     labels: Sequence[str],
 ) -> None:
     """logits.parquet of the views found; nothing where there are none (one fold, no test part)."""
-    cached = {view: (Ids.over(ids).of(rows[view]), found[view]) for view in found}
+    every = Ids.over(ids)
+    cached = {view: (every.of(rows[view]), found[view]) for view in found}
     if cached:
         logits.write(directory / "logits.parquet", cached, teacher=name, labels=labels)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Ids(Sequence[str]):
-    """A column's strings, or those of some of its rows, by their row numbers."""
+    """A column's strings, or those of some of its rows, by their row numbers. Equal to nothing but itself."""
 
     def __init__(self, column: pa.ChunkedArray, rows: NDArray[np.int64] | None = None) -> None:
         self.column, self.rows = column, rows
@@ -31,7 +31,8 @@ class Ids(Sequence[str]):
     def __getitem__(self, at: int | slice) -> str | list[str]:
         if isinstance(at, slice):
             return self._several(range(len(self))[at])
-        return str(self.column[int(at if self.rows is None else self.rows[at])].as_py())
+        found: str = self.column[int(at if self.rows is None else self.rows[at])].as_py()
+        return found
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), BATCH):
@@ -48,7 +49,8 @@ class Ids(Sequence[str]):
     def _several(self, at: range) -> list[str]:
         if not at:
             return []
-        rows = np.asarray(at) if self.rows is None else self.rows[at.start : at.stop : at.step]
+        rows = np.arange(at.start, at.stop, at.step)
+        rows = rows if self.rows is None else self.rows[rows]
         first = int(rows.min())  # `take` of a whole column would unpack all of it
         near = self.column.slice(first, int(rows.max()) - first + 1).combine_chunks()
         found: list[str] = near.take(pa.array(rows - first)).to_pylist()

@@ -24,6 +24,13 @@ class Kept:
             self.parts.append((rows, logits))
             self.count += len(rows)
 
+    def known(self, count: int) -> NDArray[np.bool_]:
+        """Which of `count` rows are here. (count,)"""
+        there = np.zeros(count, dtype=bool)
+        for rows, _ in self.parts:
+            there[rows[rows < count]] = True
+        return there
+
     def joined(self) -> tuple[Rows, NDArray[np.float32]]:
         """Row numbers (N,) and their logits (N, C), as they came."""
         if not self.parts:
@@ -41,7 +48,10 @@ class Kept:
 
 
 def in_order(rows: Rows, parts: list[tuple[Rows, NDArray[np.float32]]]) -> NDArray[np.float32]:
-    """The logits (len(rows), C) of `rows`, of several ranks' parts; one that two have counts once."""
+    """The logits (len(rows), C) of `rows`, each asked for once, of several ranks' parts.
+
+    A row that two parts have counts once. Raises KeyError where one has none.
+    """
     if not len(rows):
         return np.zeros((0, 0), np.float32)
     place = np.full(int(rows.max()) + 1, -1)

@@ -33,17 +33,29 @@ def write(
     kinds = [pa.string(), pa.dictionary(pa.int32(), pa.string()), pa.list_(pa.float32(), len(labels))]
     schema = pa.schema(dict(zip(COLUMNS, kinds, strict=True)))
     schema = schema.with_metadata({"teacher": teacher, "labels": json.dumps(list(labels))})
-    beside, names = path.with_name(path.name + ".tmp"), list(views)
-    with pq.ParquetWriter(beside, schema, compression="zstd") as packed:
-        for number, (ids, logits) in enumerate(views.values()):
-            for start in range(0, len(ids), GROUP):
-                some = slice(start, start + GROUP)
-                flat = pa.array(np.ascontiguousarray(logits[some], dtype=np.float32).reshape(-1))
-                values = pa.FixedSizeListArray.from_arrays(flat, len(labels))
-                words = pa.DictionaryArray.from_arrays(np.full(len(values), number, np.int32), names)
-                columns = [pa.array(ids[some], pa.string()), words, values]
-                packed.write_table(pa.Table.from_arrays(columns, schema=schema))
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with pq.ParquetWriter(beside, schema, compression="zstd") as packed:
+            for table in _groups(views, schema, len(labels)):
+                packed.write_table(table)
+    except BaseException:  # of a full disk, too, which it would keep full
+        beside.unlink(missing_ok=True)
+        raise
     os.replace(beside, path)
+
+
+def _groups(
+    views: Mapping[str, tuple[Sequence[str], NDArray[np.float32]]], schema: pa.Schema, classes: int
+) -> Iterator[pa.Table]:
+    """GROUP rows at a time, view by view."""
+    for number, (ids, logits) in enumerate(views.values()):
+        for start in range(0, len(ids), GROUP):
+            some = slice(start, start + GROUP)
+            flat = pa.array(np.ascontiguousarray(logits[some], dtype=np.float32).reshape(-1))
+            values = pa.FixedSizeListArray.from_arrays(flat, classes)
+            words = pa.DictionaryArray.from_arrays(np.full(len(values), number, np.int32), list(views))
+            columns = [pa.array(ids[some], pa.string()), words, values]
+            yield pa.Table.from_arrays(columns, schema=schema)
 
 
 def _check(
@@ -116,7 +128,7 @@ def _joined(
     """The logits of ids that stand in another order."""
     if pc.count_distinct(table["id"], mode="all").as_py() != len(table):
         raise CacheError(f"{path}: {view} has an id twice; {remedy}")
-    asked = pa.array(ids, pa.string())
+    asked = pa.array(list(ids), pa.string())
     at = pc.index_in(asked, value_set=table["id"])  # of each asked row, null where there is none
     if at.null_count:
         first = asked.filter(at.is_null())[0].as_py()

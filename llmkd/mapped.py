@@ -113,7 +113,7 @@ def slices(rows: Rows) -> Iterator[tuple[int, Rows]]:
 def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Zeros to be written over; a large array lies in a temporary file that goes with the process.
 
-    Raises as `copied` does: its room on the disk is taken at once.
+    Raises as `copied` does. Its room is taken at once, where a disk's files are written in place.
     """
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if size <= SMALL:

@@ -241,10 +241,8 @@ def predict(
     """
     found, save = keeping(keep, keep_minutes)
     batches = sorted_batches(rows, examples.lengths, batch_tokens)
-    if len(found):
-        known = np.zeros(len(examples.lengths), dtype=bool)
-        known[found.joined()[0]] = True
-        batches = [batch for batch in batches if not known[batch].all()]
+    known = found.known(len(examples.lengths))
+    batches = [batch for batch in batches if not known[batch].all()]
     # under ZeRO-3 every rank must run equally many forwards: the last one, the shortest, is run again
     # where their number does not divide, and counted once
     fill = -len(batches) % ranks.world()
@@ -258,7 +256,8 @@ def predict(
                 logits = _mean_logits(model, examples.copies(inputs) if examples.copies else [inputs])
                 values = logits.cpu().numpy()  # (B, C)
                 finite = np.isfinite(values).all(-1)
-                found.add(batch[finite], values[finite])
+                fresh = finite & ~known[batch]
+                found.add(batch[fresh], values[fresh])
                 odd.add(batch[~finite], values[~finite])
                 save(False)
     finally:  # also of what a signal or an error ends

@@ -26,6 +26,8 @@ def test_ids_are_those_of_a_list(chunk: int) -> None:
     assert [ids[0], ids[2999], ids[-1]] == ["r0", "r2999", "r2999"]
     assert ids[5:2000:3] == WORDS[5:2000:3]
     assert ids[10:10] == []
+    assert ids[::-1] == WORDS[::-1]
+    assert ids[3::-1] == WORDS[3::-1]
 
 
 def test_ids_of_some_rows_and_of_some_of_those() -> None:
@@ -33,6 +35,7 @@ def test_ids_of_some_rows_and_of_some_of_those() -> None:
     ids = Ids(column(WORDS, 100)).of(rows)
     assert list(ids) == [WORDS[row] for row in rows]
     assert ids[3] == WORDS[rows[3]]
+    assert ids[::-1] == [WORDS[row] for row in rows[::-1]]
     some = np.array([7, 2, 1400])
     assert list(ids.of(some)) == [WORDS[rows[at]] for at in some]
     assert len(ids) == 1500

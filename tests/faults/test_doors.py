@@ -198,7 +198,7 @@ def no_space(*args: Any, **kwargs: Any) -> None:
     ("stage", "where"),
     [
         ("00_prepare", "llmkd.mapped.write"),
-        ("02_teachers", "pyarrow.parquet.ParquetWriter"),
+        ("02_teachers", "pyarrow.parquet.ParquetWriter.write_table"),
         ("02_teachers", "safetensors.torch.save_file"),
         ("02_teachers", "llmkd.run._sync"),
         ("04_merge", "llmkd.run.write_json"),
