@@ -60,15 +60,16 @@ def main() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(asked.threads)}
     failed = []
     with tempfile.TemporaryDirectory() as directory:
-        rows = Path(directory) / "rows.jsonl"
+        rows = asked.rows.resolve() if asked.rows else Path(directory) / "rows.jsonl"
         rows.touch()
+        before = len(rows.read_text().splitlines())
         for name, more in jobs:
             print(f"\n{name} {' '.join(more)}", flush=True)
             fewer = ["--rounds", "2", *SHORT.get(name, [])] if asked.short else []
             command = [sys.executable, str(HERE / name), *shared, "--rows", str(rows), *fewer, *more]
             if subprocess.run(command, env=environment).returncode:
                 failed.append(name)
-        measured = [json.loads(line) for line in rows.read_text().splitlines()]
+        measured = [json.loads(line) for line in rows.read_text().splitlines()[before:]]
     print(f"\n{machine(asked.threads)}\n{HEAD}")
     for one in measured:
         busy, _, _ = one.pop("busy"), one.pop("clock"), one.pop("machine")

@@ -129,6 +129,16 @@ def test_a_gated_mlp_is_the_library_s(
         assert (found[one] - found[theirs]).abs().max() <= close * found[theirs].abs().max()
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_gated_gelu_leaves_what_it_reads(kind: torch.dtype) -> None:
+    gate, up = torch.linspace(-3, 3, 24, dtype=kind).view(2, 2, 6)
+    before = gate.clone(), up.clone()
+    gate, up = gate.requires_grad_(), up.requires_grad_()
+    passes.GatedGelu.apply(gate, up).sum().backward()
+    assert torch.equal(gate, before[0])
+    assert torch.equal(up, before[1])
+
+
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_another_activation_is_left_alone(eager: Callable[[nn.Module], nn.Module], activation: str) -> None:
     model = gemma(hidden_activation=activation)

@@ -56,29 +56,26 @@ class GatedGelu(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gates, ups = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])  # (N, I)
         out, learns = torch.empty_like(ups), any(ctx.needs_input_grad)
-        kept = [torch.empty_like(gates), torch.empty_like(gates)] if learns else []
+        acted, slopes = (torch.empty_like(gates) if learns else out for _ in range(2))
         for block in _blocks(gates):
-            wide = gates[block].to(torch.promote_types(gates.dtype, torch.float32))
-            cube = wide.square().mul_(wide)
-            share = torch.add(wide, cube, alpha=CUBE).mul_(ROOT).sigmoid_()
-            acted = (wide * share).to(gates.dtype)
-            torch.mul(acted, ups[block], out=out[block])
+            wide = gates[block].to(torch.promote_types(gates.dtype, torch.float32), copy=True)
+            square, scaled = wide.square(), wide * ROOT
+            share = torch.addcmul(scaled, scaled, square, value=CUBE).sigmoid_()
+            acted[block] = wide.mul_(share)
+            torch.mul(acted[block], ups[block], out=out[block])
             if learns:
-                slope = cube.mul_(3 * CUBE).add_(wide).mul_(ROOT)  # g v'
-                kept[0][block] = acted
-                kept[1][block] = torch.ops.aten.sigmoid_backward(slope, share).add_(share)
-        ctx.save_for_backward(up, *kept)
+                slope = torch.addcmul(scaled, scaled, square, value=3 * CUBE, out=square)  # g v'
+                slopes[block] = torch.ops.aten.sigmoid_backward(slope, share).add_(share)
+                slopes[block].mul_(ups[block])
+        if learns:
+            ctx.save_for_backward(acted, slopes)
         return out.view(up.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        up, acted, slope = ctx.saved_tensors  # up (..., I), others (N, I)
-        ups, grad = up.reshape(acted.shape), grads[0].reshape(acted.shape)
-        grad_gate, grad_up = torch.empty_like(acted), torch.empty_like(acted)
-        for block in _blocks(grad):
-            torch.mul(grad[block], acted[block], out=grad_up[block])
-            torch.mul(grad[block], ups[block], out=grad_gate[block]).mul_(slope[block])
-        return grad_gate.view(up.shape), grad_up.view(up.shape)
+        acted, slopes = ctx.saved_tensors  # gelu(g) and its slope times u, (N, I)
+        grad = grads[0].reshape(acted.shape)
+        return (grad * slopes).view(grads[0].shape), (grad * acted).view(grads[0].shape)
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
