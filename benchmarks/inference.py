@@ -65,7 +65,7 @@ def measure(asked: argparse.Namespace) -> list[Row]:
     asks += [("ours8", way, ">= 2", "<= 1") for way in PACKED if asked.packed]
     rows = []
     for way, peer, speed, memory in asks:
-        note = f"mean A {middle(found, way, 'mean'):.5f}, {middle(found, peer, 'mean'):.5f}"
+        note = f"mean P(A) {middle(found, way, 'mean'):.5f}, {middle(found, peer, 'mean'):.5f}"
         for name, unit, goal in (("rows_a_second", "rows/s", speed), ("mb", "MB", memory)):
             sides = [f"{middle(found, one, name):.4g} {unit}" for one in (way, peer)]
             what = f"{ways[way]}: {'speed' if unit == 'rows/s' else 'peak memory'}"
