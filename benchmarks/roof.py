@@ -64,7 +64,7 @@ def measure(asked: argparse.Namespace) -> list[Row]:
     shares = [ours / theirs for ours, theirs in zip(steps, products, strict=True)]
     sides = [f"{median(rates) / 1e9:.1f} GFLOP/s" for rates in (steps, products)]
     note = f"loss {median(sum(losses) for losses in zip(*(one['loss'] for one in each), strict=True)):.5f}"
-    what = f"a training step's matrix rate, {parts(asked)}"
+    what = f"a training step's matrix rate, {parts(asked)}, {asked.batch_tokens:,} tokens a micro-batch"
     against = f"{asked.ranks} large products at once" if asked.ranks > 1 else "one large product"
     return [Row(what, against, shares, ">= 0.7", *sides, note)]
 
@@ -90,7 +90,8 @@ def turns(asked: argparse.Namespace) -> dict[str, list[float]]:
     method, optimizer = student(TOY if asked.quick else SIZES)
     if asked.ranks > 1:
         method = DistributedDataParallel(method)
-    train(method, optimizer, data, step[:1], asked.step_rows)  # every kernel once
+    largest = max(step, key=lambda one: len(one[0]) * data.lengths[one[0]].max())
+    train(method, optimizer, data, [largest], asked.step_rows)  # every kernel once, and memory
     found: dict[str, list[float]] = {"step": [], "loss": [], "product": []}
     for _ in range(asked.rounds):
         ranks.barrier()

@@ -48,7 +48,7 @@ NAMES = {
 }
 APART = "-ranks"  # a peer's name with it: by ranks
 DATA = "LLMKD_BENCHMARK_DATA"
-WARM = 16  # rows to warm up with
+WARM = 8  # rows a rank to warm up with, and no fewer than 16
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def measure(asked: argparse.Namespace) -> list[Row]:
                 ways[name] = partial(by_ranks, name, asked.ranks, file)
                 continue
             train = partial(timed, trainer(name), ours if name == "ours" else theirs, start, asked=asked)
-            train(few(data))  # every kernel and import once, and memory
+            train(few(data, 1))
             ways[name] = partial(train, data)
         found = in_turn(ways, asked.rounds)
     return [row(found, peer, asked) for peer in asked.peers]
@@ -116,7 +116,7 @@ def rank(asked: argparse.Namespace) -> dict[str, float]:
     data = examples(pickle.loads(Path(os.environ[DATA]).read_bytes()))
     theirs, ours, start = both_models(TOY if asked.quick else SIZES, asked.precision)
     train = partial(timed, trainer(asked.way), ours if asked.way == "ours" else theirs, start, asked=asked)
-    train(few(data))
+    train(few(data, asked.ranks))
     ranks.barrier()
     found = train(data)
     ranks.stop()
@@ -124,7 +124,7 @@ def rank(asked: argparse.Namespace) -> dict[str, float]:
 
 
 def chosen(asked: argparse.Namespace) -> list[np.ndarray]:
-    """The token ids of the first steps of an epoch over the whole file."""
+    """The token ids of the first steps of an epoch over the whole file, the longest rows first, for `few`."""
     from llmkd.batches import epoch_steps
 
     vocabulary = (TOY if asked.quick else SIZES)["vocab_size"]
@@ -137,10 +137,10 @@ def chosen(asked: argparse.Namespace) -> list[np.ndarray]:
     return [every[row] for row in sorted(rows, key=lambda row: -lengths[row])]
 
 
-def few(data: Any) -> Any:
-    """The longest rows, to warm up with: memory that a process has not had yet is slow, and a training of
-    any length pays for that once."""
-    return replace(data, ids=data.ids[:WARM])
+def few(data: Any, many: int) -> Any:
+    """The longest rows, to warm up `many` ranks with: every kernel once, and memory, as what a process has
+    not had yet is slow, and a training of any length pays for that once."""
+    return replace(data, ids=data.ids[: WARM * max(2, many)])
 
 
 def row(found: Any, peer: str, asked: argparse.Namespace) -> Row:

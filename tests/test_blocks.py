@@ -108,25 +108,38 @@ def test_scores_are_cut_into_several_blocks_of_rows(
     assert_alike(model, eager(copy.deepcopy(model)), "fp32", 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kind", "close"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
-)
+def passed(forward: Callable[..., Tensor], module: Any, kind: torch.dtype) -> list[Tensor]:
+    """What an MLP gives in that precision, in training and not, and its input's gradient."""
+    module = copy.deepcopy(module).to(kind)
+    x = torch.linspace(-9, 9, 5 * 32, dtype=torch.float64).to(kind).view(1, 5, 32).requires_grad_()
+    out = forward(module, x)
+    (out * torch.linspace(0, 1, 32, dtype=kind)).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        return [one.detach().double() for one in (out, forward(module, x), x.grad)]
+
+
+@pytest.mark.parametrize(("kind", "close"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("rows", [1, 100])
 def test_a_gated_mlp_is_the_library_s(
     monkeypatch: pytest.MonkeyPatch, kind: torch.dtype, close: float, rows: int
 ) -> None:
     monkeypatch.setattr(passes, "NUMBERS", rows)  # of several blocks, and of one
-    module = gemma().model.layers[0].mlp.to(kind)
-    given, found = torch.linspace(-9, 9, 5 * 32, dtype=kind).view(1, 5, 32), []
-    for forward in (type(module).forward, gemma2._mlp):
-        x = given.clone().requires_grad_()
-        out = forward(module, x)
-        (out * torch.linspace(0, 1, 32, dtype=kind)).sum().backward()
-        found += [out.detach(), x.grad]
-    with torch.no_grad():
-        found.append(gemma2._mlp(module, given))
-    for one, theirs in ((2, 0), (3, 1), (4, 0)):
-        assert (found[one] - found[theirs]).abs().max() <= close * found[theirs].abs().max()
+    module = gemma().model.layers[0].mlp
+    ours, theirs = (passed(way, module, kind) for way in (gemma2._mlp, type(module).forward))
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).abs().max() <= close * other.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_a_gated_mlp_in_bf16_is_as_exact_as_the_library_s(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(passes, "NUMBERS", rows)
+    module = gemma().model.layers[0].mlp.bfloat16()  # the same weights in every precision
+    ours, theirs = (passed(way, module, torch.bfloat16) for way in (gemma2._mlp, type(module).forward))
+    exact = passed(type(module).forward, module, torch.float64)
+    for one, other, right in zip(ours, theirs, exact, strict=True):
+        assert (one - right).norm() <= 1.1 * (other - right).norm()
+        assert (one - other).abs().max() <= 0.02 * right.abs().max()
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
@@ -137,6 +150,40 @@ def test_a_gated_gelu_leaves_what_it_reads(kind: torch.dtype) -> None:
     passes.GatedGelu.apply(gate, up).sum().backward()
     assert torch.equal(gate, before[0])
     assert torch.equal(up, before[1])
+
+
+def gate_and_up(kind: torch.dtype, learn: tuple[bool, bool] = (True, True)) -> list[Tensor]:
+    both = torch.randn(2, 3, 50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parts = both.to(kind).transpose(-1, -2).unbind(0)  # of a layout of their own
+    return [part.detach().requires_grad_(learns) for part, learns in zip(parts, learn, strict=True)]
+
+
+@pytest.mark.parametrize("learn", [(True, True), (True, False), (False, True)])
+def test_gradients_of_a_gated_gelu(monkeypatch: pytest.MonkeyPatch, learn: tuple[bool, bool]) -> None:
+    monkeypatch.setattr(passes, "NUMBERS", 100)  # of several blocks
+    assert torch.autograd.gradcheck(passes.GatedGelu.apply, gate_and_up(torch.float64, learn))
+
+
+def test_a_gated_gelu_in_bf16_is_as_exact_as_the_library_s() -> None:
+    def plain(gate: Tensor, up: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+    def found(way: Callable[..., Tensor], kind: torch.dtype) -> list[Tensor]:
+        given = [part.detach().to(kind).requires_grad_() for part in gate_and_up(torch.bfloat16)]
+        out = way(*given)
+        return [one.detach().double() for one in (out, *torch.autograd.grad(out.sum(), given))]
+
+    ours, theirs = (found(way, torch.bfloat16) for way in (passes.GatedGelu.apply, plain))
+    for one, other, right in zip(ours, theirs, found(plain, torch.float64), strict=True):
+        assert (one - right).norm() <= 1.1 * (other - right).norm()
+
+
+def test_a_gated_gelu_has_no_second_derivative() -> None:
+    gate, up = gate_and_up(torch.float64)
+    out = passes.GatedGelu.apply(gate, up)
+    (slope,) = torch.autograd.grad((out**2).sum(), gate, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
 
 
 @pytest.mark.parametrize("activation", ["gelu", "silu"])

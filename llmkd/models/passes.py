@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 NUMBERS = 2**18  # of a block, a thread: 1 MB in float32
 ROOT, CUBE = math.sqrt(8 / math.pi), 0.044715
@@ -65,13 +66,14 @@ class GatedGelu(torch.autograd.Function):
             torch.mul(acted[block], ups[block], out=out[block])
             if learns:
                 slope = torch.addcmul(scaled, scaled, square, value=3 * CUBE, out=square)  # g v'
-                slopes[block] = torch.ops.aten.sigmoid_backward(slope, share).add_(share)
-                slopes[block].mul_(ups[block])
+                slope = torch.ops.aten.sigmoid_backward(slope, share).add_(share)
+                slopes[block] = slope.mul_(ups[block])
         if learns:
             ctx.save_for_backward(acted, slopes)
         return out.view(up.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         acted, slopes = ctx.saved_tensors  # gelu(g) and its slope times u, (N, I)
         grad = grads[0].reshape(acted.shape)
