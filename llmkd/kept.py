@@ -57,7 +57,7 @@ def in_order(rows: Rows, parts: list[tuple[Rows, NDArray[np.float32]]]) -> NDArr
     place = np.full(int(rows.max()) + 1, -1)
     place[rows] = np.arange(len(rows))
     parts = [(found, logits) for found, logits in parts if len(found)]
-    classes = parts[0][1].shape[1]
+    classes = parts[0][1].shape[1] if parts else 0
     result, there = np.empty((len(rows), classes), np.float32), np.zeros(len(rows), dtype=bool)
     for found, logits in parts:
         ours = found < len(place)

@@ -71,6 +71,8 @@ def test_logits_of_several_ranks_stand_in_the_order_asked_for() -> None:
     found = in_order(rows, [kept.joined(), (more, values[more]), Kept().joined()])
     np.testing.assert_array_equal(found, values[rows])
     assert in_order(np.array([], dtype=np.int64), [Kept().joined()]).shape == (0, 0)
+    with pytest.raises(KeyError, match="4"):
+        in_order(rows, [Kept().joined()])
 
 
 def test_rows_that_several_ranks_kept_count_once() -> None:
@@ -121,8 +123,8 @@ def test_writing_and_joining_caches_hold_no_ids(tmp_path: Path) -> None:
     wrote = tracemalloc.get_traced_memory()[1] / count
     del own, views
     tracemalloc.reset_peak()
-    asked = {"count": 2, "view": "oof", "labels": labels}
-    found = crossfit.teacher_logits(table, {"t": lambda fold: places[fold]}, 0, **asked)  # type: ignore[arg-type]
+    teachers = {"t": lambda fold: places[fold]}
+    found = crossfit.teacher_logits(table, teachers, 0, count=2, view="oof", labels=labels)
     joined = tracemalloc.get_traced_memory()[1] / count
     tracemalloc.stop()
     np.testing.assert_array_equal(found[folds == 1, 0], values[folds == 1])
