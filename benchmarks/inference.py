@@ -2,7 +2,8 @@
 
     python benchmarks/inference.py [--data prefs.parquet] [--count 200] [--rounds 3] [--packed]
 
-A Gemma2 of 25M parameters, merged in bf16, and in 8 bits by llmkd.quantize. Ours: load_artifact and
+A Gemma2 of 25M parameters, merged and saved in bf16, and in 8 bits by llmkd.quantize; both compute in
+`--precision`. Ours: load_artifact and
 llmkd.train.predict over batches of equal length, as stage 06 does it. The reference's loop: transformers
 alone, rows sorted by length, batches of 8 padded to their longest. --packed: that loop over the 8-bit
 artifact too, through transformers' own GPTQ layers. Each way is a process of its own; memory is the peak of
@@ -22,15 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 from side import Row, alone, clock, compare, in_turn, middle, parser, peak, ratios, reset_peak
-from student import SIZES, TOY, classifier, examples, token_rows
+from student import DTYPES, SIZES, TOY, classifier, examples, token_rows
 
-WAYS = {"ours8": "ours, 8 bits", "ours16": "ours, merged bf16", "loop16": "reference's loop, bf16"}
+WAYS = {"ours8": "ours, 8 bits", "ours16": "ours, merged", "loop16": "reference's loop, merged"}
 PACKED = {"loop8": "reference's loop, 8 bits packed"}
 PLACE = "LLMKD_BENCHMARK_MODELS"
 
 
 def main() -> None:
-    found = parser(__doc__)
+    found = parser(__doc__, precise=True)
     found.add_argument("--data", type=Path)
     found.add_argument("--count", type=int, default=200, help="rows; each is read in both orders")
     found.add_argument("--max-tokens", type=int, default=1024)
@@ -51,10 +52,12 @@ def make(asked: argparse.Namespace, directory: Path) -> None:
     from llmkd.models.load import train_tokenizer
     from llmkd.quantize import quantize_gptq
 
-    classifier(TOY if asked.quick else SIZES, "fp32").bfloat16().save_pretrained(directory / "bf16")
-    train_tokenizer(["any words will do"], 300).save_pretrained(directory / "bf16")
+    classifier(TOY if asked.quick else SIZES, "fp32").bfloat16().save_pretrained(directory / "merged")
+    train_tokenizer(["any words will do"], 300).save_pretrained(directory / "merged")
     calibration = [row.tolist() for row in token_rows(None, 64, 300, 8)]
-    quantize_gptq(directory / "bf16", directory / "8bit", calibration, group_size=32 if asked.quick else 128)
+    quantize_gptq(
+        directory / "merged", directory / "8bit", calibration, group_size=32 if asked.quick else 128
+    )
 
 
 def measure(asked: argparse.Namespace) -> list[Row]:
@@ -68,7 +71,7 @@ def measure(asked: argparse.Namespace) -> list[Row]:
         note = f"mean P(A) {middle(found, way, 'mean'):.5f}, {middle(found, peer, 'mean'):.5f}"
         for name, unit, goal in (("rows_a_second", "rows/s", speed), ("mb", "MB", memory)):
             sides = [f"{middle(found, one, name):.4g} {unit}" for one in (way, peer)]
-            what = f"{ways[way]}: {'speed' if unit == 'rows/s' else 'peak memory'}"
+            what = f"{ways[way]}, {asked.precision}: {'speed' if unit == 'rows/s' else 'peak memory'}"
             rows.append(Row(what, ways[peer], ratios(found, way, peer, name), goal, *sides, note))
     return rows
 
@@ -82,7 +85,8 @@ def judge(asked: argparse.Namespace, directory: Path) -> dict[str, float]:
     data = examples([*given, *(np.roll(row, len(row) // 2) for row in given)])  # stands for the other order
     before = reset_peak()
     run = load_ours if asked.way.startswith("ours") else load_plain
-    logits_of = run(directory / ("8bit" if asked.way.endswith("8") else "bf16"), data)
+    path = directory / ("8bit" if asked.way.endswith("8") else "merged")
+    logits_of = run(path, data, DTYPES[asked.precision])
     logits_of(np.arange(4))  # every kernel once
     began = clock(asked)
     logits = logits_of(np.arange(len(data.ids)))
@@ -91,18 +95,18 @@ def judge(asked: argparse.Namespace, directory: Path) -> dict[str, float]:
     return {"rows_a_second": len(data.ids) / seconds, "mb": peak() - before, "mean": float(mean)}
 
 
-def load_ours(path: Path, data: Any) -> Any:
+def load_ours(path: Path, data: Any, dtype: torch.dtype) -> Any:
     from llmkd.models.artifact import load_artifact
     from llmkd.train import predict
 
-    model, _ = load_artifact(path, dtype=torch.bfloat16)
+    model, _ = load_artifact(path, dtype=dtype)
     return lambda rows: predict(model, data, rows, 4096)
 
 
-def load_plain(path: Path, data: Any) -> Any:
+def load_plain(path: Path, data: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.bfloat16).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype).eval()
 
     def logits_of(rows: np.ndarray) -> np.ndarray:
         found = np.zeros((len(rows), 3), np.float32)

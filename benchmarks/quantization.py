@@ -40,8 +40,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         os.environ[PLACE] = directory
-        classifier(TOY if asked.quick else SIZES, "fp32").bfloat16().save_pretrained(Path(directory) / "bf16")
-        train_tokenizer(["any words will do"], 300).save_pretrained(Path(directory) / "bf16")
+        classifier(TOY if asked.quick else SIZES, "fp32").bfloat16().save_pretrained(
+            Path(directory) / "merged"
+        )
+        train_tokenizer(["any words will do"], 300).save_pretrained(Path(directory) / "merged")
         compare(asked, lambda: measure(asked))
 
 
@@ -67,8 +69,8 @@ def measured(asked: argparse.Namespace, directory: Path) -> dict[str, float]:
     calibration = [row.tolist() for row in token_rows(None, 256, sizes["vocab_size"], asked.calibration)]
     before, began = reset_peak(), clock(asked)
     out = directory / asked.way
-    (ours if asked.way == "ours" else theirs)(directory / "bf16", out, calibration, group)
-    return {"seconds": clock(asked) - began, "mb": peak() - before, "error": error(directory / "bf16", out)}
+    (ours if asked.way == "ours" else theirs)(directory / "merged", out, calibration, group)
+    return {"seconds": clock(asked) - began, "mb": peak() - before, "error": error(directory / "merged", out)}
 
 
 def ours(path: Path, out: Path, calibration: list[list[int]], group: int) -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/roof.py [--data prefs.parquet] [--rounds 3] [--ranks 4]
 
-The step: 64 rows, two teachers' cached logits, a Gemma2 of 25M parameters with LoRA (r 64), bf16, AdamW:
-forward, backward, clip, optimizer. The rate: one product of 2048 x 2048 matrices in bf16, in turn with the
-step, on the same threads. Operations are those that the mathematics needs for the real tokens (padding
+The step: 64 rows, two teachers' cached logits, a Gemma2 of 25M parameters with LoRA (r 64), AdamW: forward,
+backward, clip, optimizer. The rate: one product of 2048 x 2048 matrices in the same precision, in turn with
+the step, on the same threads. Operations are those that the mathematics needs for the real tokens (padding
 counts as lost): a frozen layer of I inputs and O outputs 2IO forward and 2IO for its input's gradient, its
 adapter 2r(I + O) each for forward, input and weights; attention 6 products of L(L + 1)/2 pairs of tokens,
 2D each, a head. The first layer's projections of queries, keys and values need no gradient of their input.
@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 from side import Row, clock, compare, parser, parts
-from student import LORA, SIZES, TOY, classifier, examples, lengths_in_words, our_lora, token_rows
+from student import DTYPES, LORA, SIZES, TOY, classifier, examples, lengths_in_words, our_lora, token_rows
 from together import together
 
 PRODUCTS = 5.0  # seconds of products: ranks begin and end them together
 
 
 def main() -> None:
-    found = parser(__doc__)
+    found = parser(__doc__, precise=True)
     found.add_argument("--data", type=Path)
     for name, default in {"step-rows": 64, "max-tokens": 1024, "batch-tokens": 4096}.items():
         found.add_argument(f"--{name}", type=int, default=default)
@@ -60,11 +60,12 @@ def measure(asked: argparse.Namespace) -> list[Row]:
     for number, (ours, theirs) in enumerate(zip(steps, products, strict=True), 1):
         print(f"  round {number}: step {ours / 1e9:.1f}, product {theirs / 1e9:.1f} GFLOP/s", flush=True)
     print(f"a step needs {needed / 1e9:.1f} G operations; where its time goes, in one micro-batch:")
-    print(profiled(student(sizes)[0], data, step[len(step) // 2][0]))
+    print(profiled(student(asked)[0], data, step[len(step) // 2][0]))
     shares = [ours / theirs for ours, theirs in zip(steps, products, strict=True)]
     sides = [f"{median(rates) / 1e9:.1f} GFLOP/s" for rates in (steps, products)]
     note = f"loss {median(sum(losses) for losses in zip(*(one['loss'] for one in each), strict=True)):.5f}"
-    what = f"a training step's matrix rate, {parts(asked)}, {asked.batch_tokens:,} tokens a micro-batch"
+    what = f"a training step's matrix rate, {parts(asked)}, {asked.precision}, "
+    what += f"{asked.batch_tokens:,} tokens a micro-batch"
     against = f"{asked.ranks} large products at once" if asked.ranks > 1 else "one large product"
     return [Row(what, against, shares, ">= 0.7", *sides, note)]
 
@@ -87,7 +88,7 @@ def turns(asked: argparse.Namespace) -> dict[str, list[float]]:
     from llmkd import ranks
 
     data, step = chosen(asked)
-    method, optimizer = student(TOY if asked.quick else SIZES)
+    method, optimizer = student(asked)
     if asked.ranks > 1:
         method = DistributedDataParallel(method)
     largest = max(step, key=lambda one: len(one[0]) * data.lengths[one[0]].max())
@@ -106,7 +107,7 @@ def turns(asked: argparse.Namespace) -> dict[str, list[float]]:
 def product(asked: argparse.Namespace, least: float) -> float:
     """Operations a second of large products, one after the other for `least` seconds."""
     size = 256 if asked.quick else 2048
-    square = torch.randn(size, size).bfloat16()
+    square = torch.randn(size, size).to(DTYPES[asked.precision])
     square @ square  # once before: the kernel is made
     began, times = clock(asked), 0
     while clock(asked) - began < least:
@@ -127,12 +128,13 @@ def chosen(asked: argparse.Namespace) -> tuple[Any, list[Any]]:
     return data, deal(step, data.lengths, ranks.world())[ranks.rank()]
 
 
-def student(sizes: dict[str, int]) -> tuple[Any, torch.optim.Optimizer]:
+def student(asked: argparse.Namespace) -> tuple[Any, torch.optim.Optimizer]:
     from llmkd.methods.cached import Cached
     from llmkd.objective import Objective
 
     objective = Objective({"ce": 1, "kl": 1, "cosine": 1}, ["one", "two"], [1.0, 1.0], [1.0, 1.0])
-    method = Cached(our_lora(classifier(sizes, "bf16")), objective, "bf16").train()
+    model = our_lora(classifier(TOY if asked.quick else SIZES, asked.precision))
+    method = Cached(model, objective, asked.precision).train()
     trained = [value for value in method.parameters() if value.requires_grad]
     return method, torch.optim.AdamW(trained, lr=0)  # every round the same loss, whatever the ranks
 

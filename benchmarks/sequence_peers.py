@@ -27,14 +27,17 @@ def prepared(way: str) -> Callable[[argparse.Namespace, Path], float]:
     return {"plain": plain, "trl": distillation, "gkd": gkd}[way]
 
 
-def models(directory: Path) -> tuple[Any, Any, Any]:
+def dtypes(asked: argparse.Namespace) -> dict[str, torch.dtype]:
+    """In which student and teacher are held."""
+    teacher = {"bf16": torch.bfloat16, "fp32": torch.float32}[asked.precision]
+    return {"student": torch.float32, "teacher": teacher}
+
+
+def models(asked: argparse.Namespace, directory: Path) -> tuple[Any, Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     load = AutoModelForCausalLM.from_pretrained
-    student, teacher = (
-        load(directory / name, dtype=dtype)
-        for name, dtype in {"student": torch.float32, "teacher": torch.bfloat16}.items()
-    )
+    student, teacher = (load(directory / name, dtype=dtype) for name, dtype in dtypes(asked).items())
     return student, teacher.eval(), AutoTokenizer.from_pretrained(directory / "student")
 
 
@@ -45,7 +48,7 @@ def settings(asked: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "per_device_train_batch_size": asked.batch,
         "learning_rate": asked.lr,
         "lr_scheduler_type": "cosine",
-        "bf16": True,
+        "bf16": asked.precision == "bf16",
         "use_cpu": True,
         "gradient_checkpointing": False,
         "remove_unused_columns": False,
@@ -73,7 +76,7 @@ def batch(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def plain(asked: argparse.Namespace, directory: Path) -> float:
     from transformers import Trainer, TrainingArguments
 
-    student, teacher, _ = models(directory)
+    student, teacher, _ = models(asked, directory)
 
     class Distilling(Trainer):
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **more: Any) -> torch.Tensor:
@@ -93,7 +96,7 @@ def gkd(asked: argparse.Namespace, directory: Path) -> float:
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    student, teacher, tokenizer = models(directory)
+    student, teacher, tokenizer = models(asked, directory)
     training = GKDConfig(**settings(asked, directory), lmbda=0.0, beta=0.0, temperature=1.0)
     rows = Dataset.from_dict({"input_ids": np.load(directory / "rows.npy").tolist()})
     more = {"processing_class": tokenizer, "train_dataset": rows, "data_collator": batch}
@@ -105,7 +108,7 @@ def distillation(asked: argparse.Namespace, directory: Path) -> float:
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    student, teacher, tokenizer = models(directory)
+    student, teacher, tokenizer = models(asked, directory)
     ids = torch.from_numpy(np.load(directory / "rows.npy"))  # (rows, L)
 
     class Given(DistillationTrainer):  # type: ignore[misc]

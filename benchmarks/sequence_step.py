@@ -3,12 +3,12 @@
     python benchmarks/sequence_step.py [--vocab 32000 128000] [--rounds 3] [--environments DIRECTORY]
 
 A Llama (4 layers of 256, its head tied) learns the next-token distributions of a wider one, trained in full:
-forward KL at T = 1 on every next token, AdamW, bf16 over float32 weights, the teacher held in bf16. Ours:
-llmkd.methods.sequence with the teacher beside the student, and with its 64 likeliest words from a cache,
-which is another loss. Against a stock HF Trainer on whole logits, and, in an environment of its own, TRL's
-DistillationTrainer (chunked too) given the rows for completions, and its GKDTrainer on whole logits. Seconds
-are of all steps but the first; memory is the process's peak over its imports (VmHWM, Linux). A way that
-would not fit into memory is left out.
+forward KL at T = 1 on every next token, AdamW, bf16 over float32 weights, the teacher held in bf16 (with
+--precision fp32 all in float32). Ours: llmkd.methods.sequence with the teacher beside the student, and with
+its 64 likeliest words from a cache, which is another loss. Against a stock HF Trainer on whole logits, and,
+in an environment of its own, TRL's DistillationTrainer (chunked too) given the rows for completions, and its
+GKDTrainer on whole logits. Seconds are of all steps but the first; memory is the process's peak over its
+imports (VmHWM, Linux). A way that would not fit into memory is left out.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ OURS = {"online": "ours, teacher beside", "cached": "ours, 64 words cached"}
 HERE = {"plain": "HF Trainer, whole logits"}
 TRL = {"trl": "TRL DistillationTrainer", "gkd": "TRL GKDTrainer, whole logits"}
 WHOLE = ("plain", "gkd")
-MODELS = (("student", 256, torch.float32), ("teacher", 512, torch.bfloat16))
+HIDDEN = {"student": 256, "teacher": 512}
 COPIES = 8  # of the whole logits in float32, at the peak of a plain step
 
 
 def main() -> None:
-    found = parser(__doc__)
+    found = parser(__doc__, precise=True)
     found.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_000])
     for name, default in {"batch": 2, "length": 256, "steps": 5}.items():
         found.add_argument(f"--{name}", type=int, default=default)
@@ -102,13 +102,13 @@ def make(asked: argparse.Namespace, directory: Path, vocab: int) -> None:
     from llmkd.models.load import train_tokenizer
 
     tokenizer = train_tokenizer(["any words will do"], 300)
-    for seed, (name, hidden, dtype) in enumerate(MODELS):
-        model = llama(vocab, 32 if asked.quick else hidden, seed)
+    for seed, (name, dtype) in enumerate(sequence_peers.dtypes(asked).items()):
+        model = llama(vocab, 32 if asked.quick else HIDDEN[name], seed)
         model.to(dtype).save_pretrained(directory / name)
         tokenizer.save_pretrained(directory / name)
     shape = (asked.batch * asked.steps, asked.length)
     np.save(directory / "rows.npy", np.random.default_rng(0).integers(3, vocab, shape))
-    cache(directory, vocab)
+    cache(asked, directory, vocab)
 
 
 def llama(vocab: int, hidden: int, seed: int) -> Any:
@@ -131,22 +131,24 @@ def examples(directory: Path) -> Any:
     return token_examples(ids, rows.astype(np.int32).ravel(), offsets, np.full(count, -1), 0, weights)
 
 
-def cache(directory: Path, vocab: int) -> None:
+def cache(asked: argparse.Namespace, directory: Path, vocab: int) -> None:
     from llmkd.capture import cache_teacher
 
-    teacher, layout, key = layout_and_key(directory, vocab)
+    teacher, layout, key = layout_and_key(asked, directory, vocab)
     rows = examples(directory)
-    cache_teacher(teacher, rows, directory / "cache", layout, key, batch_tokens=512, precision="bf16")
+    budget, arithmetic = 512, asked.precision
+    cache_teacher(teacher, rows, directory / "cache", layout, key, batch_tokens=budget, precision=arithmetic)
 
 
-def layout_and_key(directory: Path, vocab: int) -> Any:
+def layout_and_key(asked: argparse.Namespace, directory: Path, vocab: int) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llmkd.layout import Layout
     from llmkd.shards import cache_key
 
     layout = Layout("topk", 64, vocab, 16)
-    teacher = AutoModelForCausalLM.from_pretrained(directory / "teacher", dtype=torch.bfloat16)
+    dtype = sequence_peers.dtypes(asked)["teacher"]
+    teacher = AutoModelForCausalLM.from_pretrained(directory / "teacher", dtype=dtype)
     return teacher, layout, cache_key(layout, "teacher", AutoTokenizer.from_pretrained(directory / "teacher"))
 
 
@@ -173,7 +175,7 @@ def ours(asked: argparse.Namespace, directory: Path) -> float:
 
     student = AutoModelForCausalLM.from_pretrained(directory / "student", dtype=torch.float32)
     rows, vocab, beside = examples(directory), student.config.vocab_size, {}
-    teacher, _, key = layout_and_key(directory, vocab)
+    teacher, _, key = layout_and_key(asked, directory, vocab)
     if asked.way == "online":
         beside = {"teacher": teacher}
     else:
@@ -181,7 +183,7 @@ def ours(asked: argparse.Namespace, directory: Path) -> float:
         digests = row_digests(rows, np.arange(len(rows.ids)))
         rows = with_cache(rows, "teacher", open_cache(directory / "cache", rows.ids, key, digests))
     objective = Objective({"kl": 1.0}, ["teacher"], [1.0], [1.0])
-    method = Sequence(student, objective, beside, vocab=vocab, precision="bf16")
+    method = Sequence(student, objective, beside, vocab=vocab, precision=asked.precision)
     training = arguments(directory / "out", epochs=1, learning_rate=asked.lr, betas=(0.9, 0.999))
     budget = asked.batch * asked.length
     history = fit(

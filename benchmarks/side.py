@@ -55,7 +55,8 @@ class Row:
 HEAD = "| what | against | ours | theirs | ratio | rounds | goal | the same work |\n" + "|---" * 8 + "|"
 
 
-def parser(doc: str | None, rounds: int = 3) -> argparse.ArgumentParser:
+def parser(doc: str | None, rounds: int = 3, *, precise: bool = False) -> argparse.ArgumentParser:
+    """The arguments that all scripts share; `precise`: where both sides compute in one precision."""
     assert doc
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--rounds", type=int, default=rounds)
@@ -67,6 +68,10 @@ def parser(doc: str | None, rounds: int = 3) -> argparse.ArgumentParser:
         help="cpu: this process's own seconds, on a busy machine",
     )
     found.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs, and nothing else")
+    if precise:
+        found.add_argument(
+            "--precision", choices=["bf16", "fp32"], default="bf16" if bf16_units() else "fp32"
+        )
     found.add_argument("--rows", type=Path, help="append the table's rows to this file, as JSON")
     found.add_argument("--way", help=argparse.SUPPRESS)  # measure this one, in this process
     return found
@@ -148,12 +153,21 @@ def worked() -> float:
 
 
 def machine(threads: int) -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    able = " ".join(line for line in lines if line.startswith("flags"))
-    kinds = [kind for kind in ("avx512_bf16", "amx_bf16") if kind in able]
-    kind = f"{names[0] if names else platform.machine()} ({', '.join(kinds) or 'no bf16 arithmetic'})"
+    names = [line.partition(":")[2].strip() for line in processor() if line.startswith("model name")]
+    kind = f"{names[0] if names else platform.machine()} ({', '.join(bf16_units()) or 'no bf16 arithmetic'})"
     return f"{os.cpu_count()} cores, {kind}, {threads} thread{'s' * (threads > 1)} a side, CPU only"
+
+
+def bf16_units() -> list[str]:
+    """What this processor multiplies bf16 with. Without any, a product in bf16 takes a hundred times as long
+    as in float32, on both sides of a comparison: then the benchmarks compute in float32."""
+    able = " ".join(line for line in processor() if line.startswith("flags"))
+    return [kind for kind in ("avx512_bf16", "amx_bf16") if kind in able]
+
+
+def processor() -> list[str]:
+    found = Path("/proc/cpuinfo")
+    return found.read_text().splitlines() if found.exists() else []
 
 
 def parts(asked: argparse.Namespace) -> str:

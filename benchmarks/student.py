@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LABELS = ["a", "b", "tie"]
 LORA = {"r": 64, "alpha": 128, "dropout": 0.0}
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from side import Row, clock, compare, in_turn, middle, parser, ratios
-from student import LABELS, SIZES, TOY, classifier, examples, our_lora, plain_lora, token_rows
+from student import DTYPES, LABELS, SIZES, TOY, classifier, examples, our_lora, plain_lora, token_rows
 
 FOLDS, TOKENS = 5, 4096
 
 
 def main() -> None:
-    found = parser(__doc__)
+    found = parser(__doc__, precise=True)
     found.add_argument("--data", type=Path)
     found.add_argument("--count", type=int, default=200, help="rows")
     found.add_argument("--max-tokens", type=int, default=512)
@@ -43,7 +43,7 @@ def measure(asked: argparse.Namespace, directory: Path) -> list[Row]:
     from llmkd.models.load import train_tokenizer
 
     sizes = TOY if asked.quick else SIZES
-    classifier(sizes, "bf16").save_pretrained(directory / "base")
+    classifier(sizes, asked.precision).save_pretrained(directory / "base")
     train_tokenizer(["some words"], 300).save_pretrained(directory / "base")
     data = examples(token_rows(asked.data, asked.max_tokens, sizes["vocab_size"], asked.count))
     ways = {
@@ -74,7 +74,7 @@ def ours(asked: argparse.Namespace, directory: Path, data: Any, views: list[str]
 
     with counted() as seen:
         began, total = clock(asked), []
-        base = load_classifier(str(directory / "base"), LABELS, load_in="bf16", pad_id=0)
+        base = load_classifier(str(directory / "base"), LABELS, load_in=asked.precision, pad_id=0)
         model = our_lora(base)
         start = trainable_state(model)
         for fold in range(FOLDS):
@@ -82,7 +82,7 @@ def ours(asked: argparse.Namespace, directory: Path, data: Any, views: list[str]
             cached = {}
             for view, at in views_of(len(data.ids), fold).items():
                 if view in views:
-                    found = predict(model, data, at, TOKENS, "bf16")
+                    found = predict(model, data, at, TOKENS, asked.precision)
                     cached[view] = ([data.ids[row] for row in at], found)
                     total.append(found)
             logits.write(directory / f"{fold}.parquet", cached, teacher="one", labels=LABELS)
@@ -92,15 +92,16 @@ def ours(asked: argparse.Namespace, directory: Path, data: Any, views: list[str]
 def reference(asked: argparse.Namespace, directory: Path, data: Any) -> dict[str, float]:
     from transformers import AutoModelForSequenceClassification
 
+    dtype, bf16 = DTYPES[asked.precision], asked.precision == "bf16"
     with counted() as seen, torch.no_grad():
         began, total = clock(asked), []
         for fold in range(FOLDS):
             path = directory / "base"
-            base = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.bfloat16)
+            base = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
             model = plain_lora(base).eval()
             rows = views_of(len(data.ids), fold)["in_sample"]
             rows = rows[np.argsort(-data.lengths[rows], kind="stable")]
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
                 for begin in range(0, len(rows), 8):
                     total.append(model(**data.inputs(rows[begin : begin + 8])).logits.float().numpy())
         return {**seen, "seconds": clock(asked) - began, "mean": float(np.abs(np.concatenate(total)).mean())}

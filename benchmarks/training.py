@@ -4,7 +4,7 @@
     python benchmarks/training.py --ranks 4 [--peers plain2 plain2-ranks trainer-ranks]
     python benchmarks/training.py --threads 1        # no rank, no second thread: the recipes alone
 
-A Gemma2 of 25M parameters with LoRA (r 64), bf16, steps of 64 rows, (CE + 2 KL + 2 cosine) / 5, AdamW.
+A Gemma2 of 25M parameters with LoRA (r 64), steps of 64 rows, (CE + 2 KL + 2 cosine) / 5, AdamW.
 Every way trains the same rows once, from the same weights. plain2, plain8: the reference recipe's loop in
 plain PyTorch and peft, random batches of 2 or 8 padded to their longest row, accumulated to a step.
 trainer: the stock Hugging Face Trainer, DataCollatorWithPadding, batches of 8, with that loss. Ours:
@@ -52,12 +52,11 @@ WARM = 8  # rows a rank to warm up with, and no fewer than 16
 
 
 def main() -> None:
-    found = parser(__doc__)
+    found = parser(__doc__, precise=True)
     found.add_argument("--data", type=Path)
     for name, default in {"steps": 3, "step-rows": 64, "max-tokens": 1024, "batch-tokens": 4096}.items():
         found.add_argument(f"--{name}", type=int, default=default)
     found.add_argument("--lr", type=float, default=5e-5)
-    found.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     found.add_argument("--ranks", type=int, default=1, help="processes of one thread")
     found.add_argument("--peers", nargs="*", choices=[*NAMES, *(name + APART for name in NAMES)])
     asked = found.parse_args()
@@ -147,7 +146,7 @@ def row(found: Any, peer: str, asked: argparse.Namespace) -> Row:
     speed, theirs = middle(found, "ours", "rows_a_second"), middle(found, peer, "rows_a_second")
     losses = [middle(found, way, "loss") for way in ("ours", peer)]
     what = f"training, {asked.data.parent.name if asked.data else 'made-up'} lengths"
-    what += f", {parts(asked)}"
+    what += f", {parts(asked)}, {asked.precision}"
     like = peer.removesuffix(APART)
     against = NAMES[like]
     if asked.ranks > 1:

@@ -2,7 +2,7 @@
 
     python benchmarks/txtai_peer.py [--data imdb.parquet] [--rounds 3] [--environments DIRECTORY]
 
-Teacher and student are Gemma2s of 7M parameters, trained in full, steps of 64 rows from batches of 8, bf16,
+Teacher and student are Gemma2s of 7M parameters, trained in full, steps of 64 rows from batches of 8,
 (CE + KL) / 2: txtai's `teacher=` with distillation=(1, 0.5). txtai takes texts and tokenizes them, ours are
 tokenized in the seconds too. Each way is a process of its own, txtai's in an environment of its own.
 """
@@ -26,7 +26,7 @@ PLACE = "LLMKD_BENCHMARK_MODELS"
 
 
 def main() -> None:
-    found = parser(__doc__)
+    found = parser(__doc__, precise=True)
     found.add_argument("--data", type=Path)
     for name, default in {"count": 128, "step-rows": 64, "max-tokens": 512}.items():
         found.add_argument(f"--{name}", type=int, default=default)
@@ -73,7 +73,9 @@ def measure(asked: argparse.Namespace, python: str) -> list[Row]:
     sides = [f"{middle(found, way, 'rows_a_second'):.2f} rows/s" for way in found]
     note = f"mean loss {middle(found, 'ours', 'loss'):.4f}, {middle(found, 'txtai', 'loss'):.4f}"
     each = ratios(found, "ours", "txtai", "rows_a_second")
-    return [Row("training, a teacher beside", "txtai HFTrainer", each, ">= 2", *sides, note)]
+    return [
+        Row(f"training, a teacher beside, {asked.precision}", "txtai HFTrainer", each, ">= 2", *sides, note)
+    ]
 
 
 def timed(asked: argparse.Namespace, place: Path) -> dict[str, float]:
@@ -107,7 +109,8 @@ def ours(student: Any, teacher: Any, tokenizer: Any, asked: Any, given: Any, dir
     labels = np.asarray([row["label"] for row in given])
     tokens, names = np.concatenate(ids).astype(np.int32), [f"row{i}" for i in range(len(ids))]
     data = token_examples(names, tokens, offsets, labels, 0)
-    method = Online(student, Objective({"ce": 1, "kl": 1}, ["one"], [1.0], [1.0]), {"one": teacher}, "bf16")
+    objective = Objective({"ce": 1, "kl": 1}, ["one"], [1.0], [1.0])
+    method = Online(student, objective, {"one": teacher}, asked.precision)
     training = arguments(Path(directory), epochs=1, learning_rate=5e-5)
     history = fit(method, data, np.arange(len(ids)), training, batch_rows=asked.step_rows, batch_tokens=4096)
     return float(np.mean([entry["loss"] for entry in history["loss"]]))
@@ -124,7 +127,7 @@ def theirs(student: Any, teacher: Any, tokenizer: Any, asked: Any, given: Any, d
         "learning_rate": 5e-5,
         "adam_beta2": 0.95,
         "lr_scheduler_type": "cosine",
-        "bf16": True,
+        "bf16": asked.precision == "bf16",
         "disable_tqdm": True,
         "output_dir": directory,
         "save_strategy": "no",

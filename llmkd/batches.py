@@ -7,7 +7,7 @@ step, and the order of the steps, stays random.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -104,15 +104,24 @@ def cut(rows: Rows, lengths: NDArray[np.int64], max_tokens: int, waste: float = 
     A micro-batch of ENOUGH tokens also ends where more than `waste` of it would be padding. A row longer
     than the budget stands alone.
     """
-    batches, begin, longest, real = [], 0, 0, 0
-    for end, length in enumerate(lengths[rows].tolist()):  # a list's numbers are quicker than an array's
+    return [rows[part] for part in _parts(lengths[rows].tolist(), max_tokens, waste)]
+
+
+def _parts(lengths: list[int], max_tokens: int, waste: float) -> Iterator[slice]:
+    """`cut`, of rows of these lengths."""
+    if waste >= 1 and lengths and max(lengths) * len(lengths) <= max_tokens:
+        yield slice(0, len(lengths))
+        return
+    begin, longest, real = 0, 0, 0
+    for end, length in enumerate(lengths):
         longest, real = max(longest, length), real + length
         computed = longest * (end - begin + 1)
         wasteful = computed > ENOUGH and real < (1 - waste) * computed
         if end > begin and (computed > max_tokens or wasteful):
-            batches.append(rows[begin:end])
+            yield slice(begin, end)
             begin, longest, real = end, length, length
-    return [*batches, rows[begin:]] if len(rows) else []
+    if lengths:
+        yield slice(begin, len(lengths))
 
 
 def sorted_batches(rows: Rows, lengths: NDArray[np.int64], max_tokens: int) -> list[Rows]:
@@ -130,26 +139,33 @@ def epoch_steps(
     shuffled = random.permutation(rows)
     alike = len(rows) and lengths[rows].min() == lengths[rows].max()
     most = step_rows if alike else max(1, -(-step_rows // BUCKETS_A_STEP))
-    pieces: list[Rows] = []
+    own = lengths[shuffled]  # from here on read in order: of many rows a length here and there is slow
+    pieces: list[slice] = []
     for begin in range(0, len(shuffled), POOL):
-        pool = shuffled[begin : begin + POOL]
-        by_length = pool[np.argsort(lengths[pool], kind="stable")]  # ties stay in random order
-        pieces += [by_length[i : i + most] for i in range(0, len(by_length), most)]
+        pool = slice(begin, min(begin + POOL, len(shuffled)))
+        by_length = np.argsort(own[pool], kind="stable")  # ties stay in random order
+        shuffled[pool], own[pool] = shuffled[pool][by_length], own[pool][by_length]
+        pieces += [slice(i, min(i + most, pool.stop)) for i in range(begin, pool.stop, most)]
     steps = _fill_steps([pieces[i] for i in random.permutation(len(pieces))], step_rows)
-    return [[micro for piece in step for micro in cut(piece, lengths, max_tokens)] for step in steps]
+    return [
+        [shuffled[piece][part] for piece in step for part in _parts(own[piece].tolist(), max_tokens, 1.0)]
+        for step in steps
+    ]
 
 
-def _fill_steps(pieces: Sequence[Rows], step_rows: int) -> list[list[Rows]]:
+def _fill_steps(pieces: Sequence[slice], step_rows: int) -> list[list[slice]]:
     """Pieces in order into steps of step_rows rows; a piece that crosses a step's end is cut there."""
-    steps: list[list[Rows]] = [[]]
+    steps: list[list[slice]] = [[]]
     room = step_rows
     for piece in pieces:
-        while len(piece):
+        begin = piece.start
+        while begin < piece.stop:
             if room == 0:
                 steps.append([])
                 room = step_rows
-            steps[-1].append(piece[:room])
-            piece, room = piece[room:], room - len(steps[-1][-1])
+            end = min(begin + room, piece.stop)
+            steps[-1].append(slice(begin, end))
+            begin, room = end, room - (end - begin)
     return steps
 
 

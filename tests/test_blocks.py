@@ -12,7 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as eager_way
 
-from llmkd.models import blocks, gemma2, passes, pooling
+from llmkd.models import blocks, gemma2, lora_linear, passes, pooling
 from llmkd.models.gemma2 import tune
 from llmkd.models.lora import add_lora
 from llmkd.models.lora_linear import fuse
@@ -271,6 +271,59 @@ def test_a_fused_layer_gives_what_peft_gives(precision: str, tolerance: float) -
     assert_alike(fused, usual, precision, tolerance)
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_gradients_of_a_merged_layer(first: bool, biased: bool) -> None:
+    """first: nothing before it learns, so its input has no gradient."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = (2, 3, 6), (5, 6), (5,), (2, 6), (5, 2)  # x, weight, bias, A, B
+    given = [torch.randn(size, generator=draw, dtype=torch.float64) for size in sizes]
+    x, weight, bias, a, b = given
+    learns = [a.requires_grad_(), b.requires_grad_(), *([] if first else [x.requires_grad_()])]
+
+    def merged(*_: Tensor) -> Any:
+        return lora_linear._MergedLinear.apply(x, weight, bias if biased else None, a, b, 0.7)
+
+    expected = x @ weight.T + 0.7 * x @ a.T @ b.T + (bias if biased else 0)
+    torch.testing.assert_close(merged(), expected)
+    assert torch.autograd.gradcheck(merged, learns)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kind", "pays"),
+    [(28, torch.float32, True), (27, torch.float32, False), (900, torch.bfloat16, False)],
+)
+def test_an_adapter_is_merged_where_that_is_exact_and_pays(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, kind: torch.dtype, pays: bool
+) -> None:
+    """A weight of 16 x 12: 4 x 16 x 12 by 16 + 12 is 27.4 tokens."""
+    taken: list[Any] = []
+    apply = lora_linear._MergedLinear.apply
+    monkeypatch.setattr(lora_linear._MergedLinear, "apply", lambda *x: (taken.append(x), apply(*x))[1])
+    model = nn.Sequential(nn.Linear(12, 16, dtype=kind))
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), model)
+    usual = copy.deepcopy(model)
+    fuse(model)
+    x = torch.randn(tokens, 12).to(kind)
+    found, expected = model(x), usual(x)
+    assert (found - expected).abs().max() <= (0.03 if kind == torch.bfloat16 else 1e-5) * expected.abs().max()
+    assert bool(taken) == pays
+
+
+def test_a_merged_layer_is_as_exact_as_peft_s() -> None:
+    """Against float64: an adapter of a hundred-thousandth of the weight is not rounded away."""
+    torch.manual_seed(0)
+    x, weight, a = torch.randn(400, 64), torch.randn(96, 64), torch.randn(8, 64)
+    b = 1e-5 * torch.randn(96, 8)
+    wide = [one.double() for one in (x, weight, a, b)]
+    right = wide[0] @ wide[1].T + 2 * wide[0] @ wide[2].T @ wide[3].T
+    ours = lora_linear._MergedLinear.apply(x, weight, None, a, b, 2.0)
+    theirs = x @ weight.T + 2 * x @ a.T @ b.T
+    assert (ours - right).norm() <= 1.2 * (theirs - right).norm()
+
+
 def test_a_hook_on_a_part_is_called() -> None:
     fused, usual = adapted()
     seen: list[Tensor] = []
@@ -304,6 +357,14 @@ def test_fusing_twice_is_fusing_once() -> None:
     fused, usual = adapted()
     fuse(fused)
     assert_alike(fused, usual, "fp32", 1e-5)
+
+
+def test_a_tanh_in_place_is_torch_s_to_its_last_digits() -> None:
+    found = torch.tensor([0.0, 1e-30, 1e-6, 0.3, 1.0, 5.0, 19.0, 100.0, 1e30, float("inf")])
+    found = torch.cat([-found, found])
+    expected = torch.tanh(found.double())
+    assert ((blocks.half_tanh_(2 * found) - expected).abs() <= 3e-7 * expected.abs()).all()
+    assert blocks.half_tanh_(torch.tensor(float("nan"))).isnan()
 
 
 @pytest.mark.parametrize("softcap", [50.0, 1e4])

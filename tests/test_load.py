@@ -108,6 +108,22 @@ def test_the_head_stays_in_float32(architecture: str, load_in: str, tmp_path: Pa
     assert head.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("able", ["bf16", "fp32"])
+@pytest.mark.parametrize("load_in", ["nf4", "int8"])
+def test_around_quantized_weights_is_what_the_machine_computes(
+    load_in: str, able: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmkd.models.load.resolve_precision", lambda asked: able)
+    tiny.classifier().bfloat16().save_pretrained(tmp_path)
+    model = load(tmp_path, load_in)
+    expected = {"bf16": torch.bfloat16, "fp32": torch.float32}[able]
+    assert model.model.embed_tokens.weight.dtype == model.model.norm.weight.dtype == expected
+    if load_in == "nf4":
+        assert model.model.layers[0].mlp.up_proj.compute_dtype == expected
+    ids = torch.tensor([[5, 6, 7]])
+    assert model.model(ids).last_hidden_state.dtype == expected
+
+
 @pytest.mark.parametrize("load_in", ["nf4", "int8"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
 def test_a_quantized_base_trains_predicts_and_trains_again(

@@ -26,10 +26,11 @@ class Norm(torch.autograd.Function):
         rows, width = x.reshape(-1, x.shape[-1]), x.shape[-1]  # (N, H)
         out, inverse = torch.empty_like(rows), torch.empty(len(rows), 1)
         for block in _blocks(rows):
-            wide = rows[block].to(torch.float32, copy=True)
+            wide, place = rows[block].float(), out[block]  # float32 is read and written where it lies
             scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True, out=inverse[block])  # (n, 1)
             scale.square_().div_(width).add_(eps).rsqrt_()
-            out[block] = wide.mul_(scale).mul_(weight)
+            wide = torch.mul(wide, scale, out=place if place.dtype == wide.dtype else wide)
+            torch.mul(wide, weight, out=place)
         ctx.save_for_backward(x, weight, inverse)
         return out.view(x.shape)
 
@@ -39,10 +40,10 @@ class Norm(torch.autograd.Function):
         rows, given = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])  # (N, H)
         out = torch.empty_like(rows)
         for block in _blocks(rows):
-            wide, grad = rows[block].float(), given[block].to(torch.float32, copy=True).mul_(weight)
+            wide, grad = rows[block].float(), given[block].float() * weight
             scale = inverse[block]  # (n, 1)
             along = torch.linalg.vecdot(grad, wide)[:, None].mul_(scale * scale * scale).div_(-x.shape[-1])
-            out[block] = grad.mul_(scale).addcmul_(wide, along)
+            torch.addcmul(grad.mul_(scale), wide, along, out=out[block])
         return out.view(x.shape), None, None
 
 
@@ -59,15 +60,15 @@ class GatedGelu(torch.autograd.Function):
         out, learns = torch.empty_like(ups), any(ctx.needs_input_grad)
         acted, slopes = (torch.empty_like(gates) if learns else out for _ in range(2))
         for block in _blocks(gates):
-            wide = gates[block].to(torch.promote_types(gates.dtype, torch.float32), copy=True)
+            wide = gates[block].to(torch.promote_types(gates.dtype, torch.float32))
             square, scaled = wide.square(), wide * ROOT
             share = torch.addcmul(scaled, scaled, square, value=CUBE).sigmoid_()
-            acted[block] = wide.mul_(share)
+            torch.mul(wide, share, out=acted[block])
             torch.mul(acted[block], ups[block], out=out[block])
             if learns:
                 slope = torch.addcmul(scaled, scaled, square, value=3 * CUBE, out=square)  # g v'
                 slope = torch.ops.aten.sigmoid_backward(slope, share).add_(share)
-                slopes[block] = slope.mul_(ups[block])
+                torch.mul(slope, ups[block], out=slopes[block])
         if learns:
             ctx.save_for_backward(acted, slopes)
         return out.view(up.shape)
@@ -76,8 +77,12 @@ class GatedGelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         acted, slopes = ctx.saved_tensors  # gelu(g) and its slope times u, (N, I)
-        grad = grads[0].reshape(acted.shape)
-        return (grad * slopes).view(grads[0].shape), (grad * acted).view(grads[0].shape)
+        grad, shape = grads[0].reshape(acted.shape), grads[0].shape
+        gates, ups = torch.empty_like(slopes), torch.empty_like(acted)
+        for block in _blocks(grad):  # read once for both
+            torch.mul(grad[block], slopes[block], out=gates[block])
+            torch.mul(grad[block], acted[block], out=ups[block])
+        return gates.view(shape), ups.view(shape)
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:

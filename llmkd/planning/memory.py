@@ -95,15 +95,20 @@ def trained(shape: Shape, way: Way) -> int:
 
 
 def held(shape: Shape, way: Way, load_in: str | None = None) -> float:
-    """Bytes of the base: the blocks' linear layers as they are loaded, all else in at most bf16; no adapter.
+    """Bytes of the base: the blocks' linear layers as they are loaded, all else in at most bf16, but in
+    float32 around quantized ones on a CPU that computes no bf16; no adapter.
 
     A classifier's head is in float32 and counted by `trained`, a language model's belongs to the base.
     """
     kind = load_in or way.load_in
-    rest = 4.0 if kind == "fp32" else 2.0
+    rest = 4.0 if kind == "fp32" or (kind in ("nf4", "int8") and not _computes_bf16(way)) else 2.0
     blocks = shape.layers * shape.block
     head = shape.head(None) if way.classes is None and shape.hidden else 0
     return blocks * HELD[kind] + (shape.backbone - blocks + head) * rest
+
+
+def _computes_bf16(way: Way) -> bool:
+    return way.device == "cuda" or way.precision == "bf16"
 
 
 def states(shape: Shape, way: Way) -> dict[str, float]:
@@ -262,7 +267,7 @@ def activations(shape: Shape, way: Way, micro: Micro) -> float:
     else:  # PEFT's adapters compute in float32
         passing += tokens * shape.intermediate * 8.0
     if way.load_in == "nf4":  # a layer is unpacked while it computes
-        passing += 2.0 * max(i * o for _, i, o in shape.linears)
+        passing += (2.0 if _computes_bf16(way) else 4.0) * max(i * o for _, i, o in shape.linears)
     if not way.checkpointing:
         short = _last_saved(shape, way)
         last = saved if short is None else min(saved, tokens * short)
@@ -297,7 +302,8 @@ def running(shape: Shape, way: Way, micro: Micro) -> float:
     matrix = shape.heads * length * (4 + 2 * e) if shape.eager else 0
     widest = max((3 if shape.gated else 2) * shape.intermediate * e, 5 * shape.attention * e + matrix)
     chunk = 12.0 * min(CHUNK, rows * length) * shape.vocab if way.classes is None else 0.0
-    unpacked = 2.0 * max(i * o for _, i, o in shape.linears) if way.load_in in ("nf4", "int8") else 0.0
+    number = 2.0 if _computes_bf16(way) else 4.0
+    unpacked = number * max(i * o for _, i, o in shape.linears) if way.load_in in ("nf4", "int8") else 0.0
     return rows * length * (2 * shape.hidden * 4 + widest) + chunk + unpacked
 
 
