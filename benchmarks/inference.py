@@ -2,13 +2,12 @@
 
     python benchmarks/inference.py [--data prefs.parquet] [--count 200] [--rounds 3] [--packed]
 
-A Gemma2 of 25M parameters, merged and saved in bf16, and in 8 bits by llmkd.quantize; both compute in
-`--precision`. Ours: load_artifact and
-llmkd.train.predict over batches of equal length, as stage 06 does it. The reference's loop: transformers
-alone, rows sorted by length, batches of 8 padded to their longest. --packed: that loop over the 8-bit
-artifact too, through transformers' own GPTQ layers. Each way is a process of its own; memory is the peak of
-the whole process (VmHWM, Linux) over what it holds once the libraries are imported; loading is not in the
-seconds.
+A Gemma2 of 25M parameters, merged and saved in bf16, and in 8 bits by llmkd.quantize; all compute in one
+precision. Ours: load_artifact and llmkd.train.predict over batches of equal length, as stage 06 does it. The
+reference's loop: transformers alone, rows sorted by length, batches of 8 padded to their longest. --packed:
+that loop over the 8-bit artifact too, through transformers' own GPTQ layers. Each way is a process of its
+own; memory is the peak of the whole process (VmHWM, Linux) over what it holds once the libraries are
+imported; loading is not in the seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import torch
 from side import Row, alone, clock, compare, in_turn, middle, parser, peak, ratios, reset_peak
 from student import DTYPES, SIZES, TOY, classifier, examples, token_rows
 
-WAYS = {"ours8": "ours, 8 bits", "ours16": "ours, merged", "loop16": "reference's loop, merged"}
+WAYS = {"ours8": "ours, 8 bits", "ours": "ours, merged", "loop": "reference's loop, merged"}
 PACKED = {"loop8": "reference's loop, 8 bits packed"}
 PLACE = "LLMKD_BENCHMARK_MODELS"
 
@@ -63,8 +62,8 @@ def make(asked: argparse.Namespace, directory: Path) -> None:
 def measure(asked: argparse.Namespace) -> list[Row]:
     ways = {**WAYS, **(PACKED if asked.packed else {})}
     found = in_turn({way: alone(way) for way in ways}, asked.rounds)
-    asks = [("ours8", "loop16", ">= 2", "<= 1"), ("ours16", "loop16", ">= 2", "<= 1")]
-    asks.append(("ours8", "ours16", ">= 1", ""))
+    asks = [("ours8", "loop", ">= 2", "<= 1"), ("ours", "loop", ">= 2", "<= 1")]
+    asks.append(("ours8", "ours", ">= 1", ""))
     asks += [("ours8", way, ">= 2", "<= 1") for way in PACKED if asked.packed]
     rows = []
     for way, peer, speed, memory in asks:

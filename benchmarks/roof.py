@@ -7,8 +7,10 @@ backward, clip, optimizer. The rate: one product of 2048 x 2048 matrices in the 
 the step, on the same threads. Operations are those that the mathematics needs for the real tokens (padding
 counts as lost): a frozen layer of I inputs and O outputs 2IO forward and 2IO for its input's gradient, its
 adapter 2r(I + O) each for forward, input and weights; attention 6 products of L(L + 1)/2 pairs of tokens,
-2D each, a head. The first layer's projections of queries, keys and values need no gradient of their input.
-The last layer's keys and values are of all tokens; all else there is of the one token that the head reads.
+2D each, a head. In float32 ours adds an adapter to its layer first, and a third of its operations goes: they
+are not counted then, and the share with them is told beside. The first layer's projections of queries, keys
+and values need no gradient of their input. The last layer's keys and values are of all tokens; all else
+there is of the one token that the head reads.
 --ranks N: N processes of one thread share the step as the engine deals it, gradients meet once; its rate is
 all operations by the seconds of the slowest. The product is N at once, one a process, their rates together.
 """
@@ -53,7 +55,10 @@ def measure(asked: argparse.Namespace) -> list[Row]:
     data, step = chosen(asked)
     rows = np.concatenate([rows for rows, _ in step])
     print(f"the step: {lengths_in_words(data.lengths[rows])}, {len(step)} micro-batches")
-    needed = operations(sizes, LORA["r"], data.lengths[rows])
+    merged = asked.precision == "fp32"
+    needed, written = (
+        operations(sizes, LORA["r"], data.lengths[rows], merged=one) for one in (merged, False)
+    )
     each = together("turns", asked.ranks) if asked.ranks > 1 else [turns(asked)]
     steps = [needed / max(times) for times in zip(*(one["step"] for one in each), strict=True)]
     products = [sum(rates) for rates in zip(*(one["product"] for one in each), strict=True)]
@@ -64,6 +69,7 @@ def measure(asked: argparse.Namespace) -> list[Row]:
     shares = [ours / theirs for ours, theirs in zip(steps, products, strict=True)]
     sides = [f"{median(rates) / 1e9:.1f} GFLOP/s" for rates in (steps, products)]
     note = f"loss {median(sum(losses) for losses in zip(*(one['loss'] for one in each), strict=True)):.5f}"
+    note += f"; {median(shares) * written / needed:.2f} with adapters' products as peft has them" * merged
     what = f"a training step's matrix rate, {parts(asked)}, {asked.precision}, "
     what += f"{asked.batch_tokens:,} tokens a micro-batch"
     against = f"{asked.ranks} large products at once" if asked.ranks > 1 else "one large product"
@@ -160,19 +166,23 @@ def backward(method: Any, data: Any, rows: np.ndarray, scale: float, real: int) 
     return loss.item()
 
 
-def operations(sizes: dict[str, int], r: int, lengths: np.ndarray, causal: bool = True) -> float:
-    """Of forward and backward. causal=False: over every pair of tokens, as eager attention."""
+def operations(
+    sizes: dict[str, int], r: int, lengths: np.ndarray, *, causal: bool = True, merged: bool = False
+) -> float:
+    """Of forward and backward. causal=False: over every pair of tokens, as eager attention. merged: with
+    adapters that are added to their layers' weights (that itself not counted)."""
+    small = 4 if merged else 6
     hidden, inner, head = sizes["hidden_size"], sizes["intermediate_size"], sizes["head_dim"]
     queries, keys = sizes["num_attention_heads"] * head, sizes["num_key_value_heads"] * head
     projections = [(hidden, queries), (hidden, keys), (hidden, keys)]
     others = [(queries, hidden), (hidden, inner), (hidden, inner), (inner, hidden)]
     layers, tokens = sizes["num_hidden_layers"], lengths.sum()
     layer, kept = (
-        sum(4 * i * o + 6 * r * (i + o) for i, o in part)
+        sum(4 * i * o + small * r * (i + o) for i, o in part)
         for part in ([*projections, *others], projections[1:])
     )
     total = (layers - 1) * layer * tokens + kept * tokens + (layer - kept) * len(lengths)
-    total -= sum(2 * i * o + 2 * r * i for i, o in projections) * tokens  # the first layer's
+    total -= sum(2 * i * o + (not merged) * 2 * r * i for i, o in projections) * tokens  # the first layer's
     pairs = (lengths * (lengths + 1) // 2 if causal else lengths**2).sum()
     return float(total + 6 * 2 * queries * ((layers - 1) * pairs + tokens))
 

@@ -81,17 +81,18 @@ def measure(asked: argparse.Namespace, vocab: int, python: str | None) -> list[R
             del ways[way]
         print(f"  {vocab} words", flush=True)
         found = in_turn(ways, asked.rounds)
-    return [row for way in found if way not in OURS for row in rows_of(found, way, vocab)]
+    return [row for way in found if way not in OURS for row in rows_of(asked, found, way, vocab)]
 
 
-def rows_of(found: Found, peer_way: str, vocab: int) -> list[Row]:
+def rows_of(asked: argparse.Namespace, found: Found, peer_way: str, vocab: int) -> list[Row]:
     rows = []
     goals = {"tokens_a_second": ">= 1", "mb": "<= 1"}
     for way in OURS:
         for name, unit in {"tokens_a_second": "tokens/s", "mb": "MB"}.items():
             sides = [f"{middle(found, one, name):.4g} {unit}" for one in (way, peer_way)]
             note = "mean loss " + ", ".join(f"{middle(found, one, 'loss'):.5f}" for one in (way, peer_way))
-            what = f"{OURS[way]}, {vocab} words: {'speed' if unit == 'tokens/s' else 'peak memory'}"
+            what = f"{OURS[way]}, {vocab} words, {asked.precision}: "
+            what += "speed" if unit == "tokens/s" else "peak memory"
             each = ratios(found, way, peer_way, name)
             rows.append(Row(what, {**HERE, **TRL}[peer_way], each, goals[name], *sides, note))
     return rows

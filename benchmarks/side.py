@@ -70,7 +70,10 @@ def parser(doc: str | None, rounds: int = 3, *, precise: bool = False) -> argpar
     found.add_argument("--quick", action="store_true", help="toy sizes: shows that it runs, and nothing else")
     if precise:
         found.add_argument(
-            "--precision", choices=["bf16", "fp32"], default="bf16" if bf16_units() else "fp32"
+            "--precision",
+            choices=["bf16", "fp32"],
+            default="bf16" if bf16_units() else "fp32",
+            help="of both sides' arithmetic; bf16 where this processor has it",
         )
     found.add_argument("--rows", type=Path, help="append the table's rows to this file, as JSON")
     found.add_argument("--way", help=argparse.SUPPRESS)  # measure this one, in this process
@@ -159,8 +162,8 @@ def machine(threads: int) -> str:
 
 
 def bf16_units() -> list[str]:
-    """What this processor multiplies bf16 with. Without any, a product in bf16 takes a hundred times as long
-    as in float32, on both sides of a comparison: then the benchmarks compute in float32."""
+    """What this processor multiplies bf16 with (x86 under Linux). Without any, a product in bf16 takes some
+    fifty to three hundred times as long as in float32, on both sides of a comparison."""
     able = " ".join(line for line in processor() if line.startswith("flags"))
     return [kind for kind in ("avx512_bf16", "amx_bf16") if kind in able]
 

@@ -60,7 +60,7 @@ def measure(asked: argparse.Namespace, directory: Path) -> list[Row]:
             asks = {"forwards": goal, "loads": "<= 0.2", "seconds": goal}[name]
             sides = [f"{middle(found, one, name):.4g} {unit}" for one in (way, "reference")]
             note = f"mean logit {mean[0]:.4f}, {mean[1]:.4f}" if name == "seconds" else ""
-            what = f"cache of 5 folds, views {way}: {name}"
+            what = f"cache of 5 folds, {asked.precision}, views {way}: {name}"
             each = ratios(found, way, "reference", name)
             rows.append(Row(what, "reference's way", each, asks, *sides, note))
     return rows

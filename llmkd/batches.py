@@ -108,7 +108,7 @@ def cut(rows: Rows, lengths: NDArray[np.int64], max_tokens: int, waste: float = 
 
 
 def _parts(lengths: list[int], max_tokens: int, waste: float) -> Iterator[slice]:
-    """`cut`, of rows of these lengths."""
+    """Where `cut` cuts rows of these lengths."""
     if waste >= 1 and lengths and max(lengths) * len(lengths) <= max_tokens:
         yield slice(0, len(lengths))
         return
@@ -139,7 +139,7 @@ def epoch_steps(
     shuffled = random.permutation(rows)
     alike = len(rows) and lengths[rows].min() == lengths[rows].max()
     most = step_rows if alike else max(1, -(-step_rows // BUCKETS_A_STEP))
-    own = lengths[shuffled]  # from here on read in order: of many rows a length here and there is slow
+    own = lengths[shuffled]  # sorted with the rows, so that cutting reads both in order, not all over memory
     pieces: list[slice] = []
     for begin in range(0, len(shuffled), POOL):
         pool = slice(begin, min(begin + POOL, len(shuffled)))

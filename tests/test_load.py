@@ -114,9 +114,11 @@ def test_around_quantized_weights_is_what_the_machine_computes(
     load_in: str, able: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmkd.models.load.resolve_precision", lambda asked: able)
-    tiny.classifier().bfloat16().save_pretrained(tmp_path)
+    computed = {"bf16": torch.bfloat16, "fp32": torch.float32}[able]
+    stored = torch.float32 if able == "bf16" else torch.bfloat16  # the other one
+    tiny.classifier().to(stored).save_pretrained(tmp_path)
     model = load(tmp_path, load_in)
-    expected = {"bf16": torch.bfloat16, "fp32": torch.float32}[able]
+    expected = stored if (load_in, able) == ("int8", "bf16") else computed
     assert model.model.embed_tokens.weight.dtype == model.model.norm.weight.dtype == expected
     if load_in == "nf4":
         assert model.model.layers[0].mlp.up_proj.compute_dtype == expected

@@ -162,8 +162,6 @@ def test_nf4_holds_only_linear_weights_in_four_bits() -> None:
     held = memory.held(shape, way(load_in="nf4", lora=LORA))
     assert held == pytest.approx(linear * 0.516 + 2 * (shape.backbone - linear), rel=1e-3)
     assert 36e9 < held < 39e9
-    without_bf16 = memory.held(shape, way(load_in="nf4", lora=LORA, device="cpu"))
-    assert without_bf16 - held == pytest.approx(2 * (shape.backbone - linear))
 
 
 def test_states_sharded_by_zero() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 QUERIES = 128  # of a block
 SCORES = 2**19  # of a block at most, over all its rows and heads, a thread, so that they stay in the cache
-MOST = 80.0  # of 2y in tanh y, by when it is 1, and exp(2y) no infinity yet
+MOST = 80.0  # 2y is cut here, where tanh y has long been 1 and exp(2y) is not yet infinite
 Block = tuple[slice, slice, slice]  # rows, queries, keys
 
 
@@ -109,7 +109,8 @@ class _Blocks(torch.autograd.Function):
             wide = bound(scores.to(kind).mul_(2 * scaling / softcap))
             hidden = mask[rows, :, asked, seen].to(kind)  # (b, 1, q, k)
             by_head = wide.view(len(hidden), -1, *hidden.shape[2:])  # (b, H, q, k)
-            masked = torch.add(hidden, by_head, alpha=n * softcap).view(wide.shape)
+            place = None if learns else by_head
+            masked = torch.add(hidden, by_head, alpha=n * softcap, out=place).view(wide.shape)
             shares = torch.softmax(masked, -1, out=masked).to(value.dtype)
             if learns:
                 kept.append(wide.to(value.dtype))
@@ -150,14 +151,18 @@ class _Blocks(torch.autograd.Function):
 
 
 def _bound(x: Tensor) -> Any:
-    """What bounds 2y in place, n σ(2y) or n tanh y, with its slope by what it gave, and n."""
+    """The bound, its slope, and n.
+
+    The bound takes 2y and puts σ(2y) or tanh y in its place; n times that, and a constant, is tanh y. The
+    slope, of what the bound gave, is by 2y for σ and by y for tanh: by y, n times the bound has n² times it.
+    """
     if x.dtype == torch.bfloat16:
         return torch.sigmoid_, torch.ops.aten.sigmoid_backward, 2
-    return half_tanh_, torch.ops.aten.tanh_backward, 1
+    return tanh_of_half_, torch.ops.aten.tanh_backward, 1
 
 
-def half_tanh_(twice: Tensor) -> Tensor:
-    """tanh y, where 2y was."""
+def tanh_of_half_(twice: Tensor) -> Tensor:
+    """2y becomes tanh y, in place."""
     e = twice.clamp_(max=MOST).expm1_()
     return e.div_(e + 2)
 

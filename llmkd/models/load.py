@@ -162,20 +162,17 @@ def _sharded_as(load_in: str) -> Iterator[None]:
 def _weights(load_in: str, whole: Sequence[str] = ()) -> dict[str, Any]:
     """What `from_pretrained` needs to hold weights so; the modules `whole` are never quantized.
 
-    Around quantized weights all is bf16 where the machine computes it. Elsewhere products in bf16 take many
-    times as long as in float32 (a training step in nf4 or int8 17 to 20 times), so it is float32.
+    Where the machine computes no bf16 all around quantized weights is float32: a step in bf16 takes some
+    twenty times as long there. Elsewhere it is bf16 around nf4, and the checkpoint's own around int8.
     """
     if load_in in DTYPES:
         return {"dtype": DTYPES[load_in]}
     from transformers import BitsAndBytesConfig
 
-    around = DTYPES[resolve_precision("auto")]
-
-    skip = [*whole, "lm_head"]
+    around, skip = DTYPES[resolve_precision("auto")], [*whole, "lm_head"]
     if load_in == "int8":
         eight = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-        own = around == torch.bfloat16  # then the checkpoint's
-        return {"quantization_config": eight, **({} if own else {"dtype": around})}
+        return {"quantization_config": eight, "dtype": "auto" if around == torch.bfloat16 else around}
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -57,7 +57,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class _MergedLinear(torch.autograd.Function):
-    """x (W + s B A)ᵀ + c, W and c frozen. The sum is made twice, as keeping it would be a second W."""
+    """x (W + s B A)ᵀ + c, W and c frozen. The sum is made anew for the gradient: kept, it is a second W."""
 
     @staticmethod
     def forward(
@@ -73,7 +73,8 @@ class _MergedLinear(torch.autograd.Function):
         x, weight, a, b = ctx.saved_tensors
         seen, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, len(weight))  # (N, I), (N, O)
         inputs = weight.shape[1] if ctx.needs_input_grad[0] else 0
-        # s B rides along as r columns more: a product of its own with so few of them is slower
+        # s B rides along as r columns more: a product of its own with so few of them is slower. So x's
+        # gradient is a slice of wider rows.
         wide = weight.new_empty(len(weight), inputs + len(a))  # (O, I + r), or (O, r)
         if inputs:
             torch.addmm(weight, b, a, alpha=ctx.scaling, out=wide[:, :inputs])
@@ -109,7 +110,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _merging_pays(x: Tensor, weight: Tensor, a: Tensor) -> bool:
     """Whether all is in float32 at least, and the tokens are so many that making W + s B A twice, 4rIO
-    operations, costs at most half of the 2rN(I + O) that are saved."""
+    operations, costs at most half of the 2rN(I + O) that are saved (less, where x needs no gradient)."""
     exact = x.dtype == weight.dtype == a.dtype and x.dtype in (torch.float32, torch.float64)
     outputs, inputs = weight.shape
     return exact and x.numel() // inputs * (inputs + outputs) >= 4 * inputs * outputs

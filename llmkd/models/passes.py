@@ -40,7 +40,7 @@ class Norm(torch.autograd.Function):
         rows, given = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])  # (N, H)
         out = torch.empty_like(rows)
         for block in _blocks(rows):
-            wide, grad = rows[block].float(), given[block].float() * weight
+            wide, grad = rows[block].float(), given[block].float() * weight.float()
             scale = inverse[block]  # (n, 1)
             along = torch.linalg.vecdot(grad, wide)[:, None].mul_(scale * scale * scale).div_(-x.shape[-1])
             torch.addcmul(grad.mul_(scale), wide, along, out=out[block])

@@ -95,20 +95,15 @@ def trained(shape: Shape, way: Way) -> int:
 
 
 def held(shape: Shape, way: Way, load_in: str | None = None) -> float:
-    """Bytes of the base: the blocks' linear layers as they are loaded, all else in at most bf16, but in
-    float32 around quantized ones on a CPU that computes no bf16; no adapter.
+    """Bytes of the base: the blocks' linear layers as they are loaded, all else in at most bf16; no adapter.
 
     A classifier's head is in float32 and counted by `trained`, a language model's belongs to the base.
     """
     kind = load_in or way.load_in
-    rest = 4.0 if kind == "fp32" or (kind in ("nf4", "int8") and not _computes_bf16(way)) else 2.0
+    rest = 4.0 if kind == "fp32" else 2.0
     blocks = shape.layers * shape.block
     head = shape.head(None) if way.classes is None and shape.hidden else 0
     return blocks * HELD[kind] + (shape.backbone - blocks + head) * rest
-
-
-def _computes_bf16(way: Way) -> bool:
-    return way.device == "cuda" or way.precision == "bf16"
 
 
 def states(shape: Shape, way: Way) -> dict[str, float]:
@@ -207,6 +202,11 @@ def fused(way: Way) -> bool:
     return way.zero.stage < 3 and way.load_in == way.precision
 
 
+def _merged(shape: Shape) -> float:
+    """Bytes of the widest layer's weight with its adapter added, as float32 computes without dropout."""
+    return 4.0 * max(i * o for _, i, o in shape.linears)
+
+
 def _inputs(shape: Shape, way: Way, e: int) -> float:
     """What linear layers keep: their inputs, if their weight learns, one copy for layers that read the same
     tensor; under autocast each its own. LoRA's A keeps its own behind dropout, with dropout's mask."""
@@ -264,10 +264,12 @@ def activations(shape: Shape, way: Way, micro: Micro) -> float:
         passing += max(i * o for _, i, o in shape.linears) * (4.0 if e == 4 else 6.0)
     elif fused(way):
         passing *= 2
+        if e == 4 and not (way.lora and way.lora["dropout"]):
+            passing += _merged(shape)
     else:  # PEFT's adapters compute in float32
         passing += tokens * shape.intermediate * 8.0
     if way.load_in == "nf4":  # a layer is unpacked while it computes
-        passing += (2.0 if _computes_bf16(way) else 4.0) * max(i * o for _, i, o in shape.linears)
+        passing += 2.0 * max(i * o for _, i, o in shape.linears)
     if not way.checkpointing:
         short = _last_saved(shape, way)
         last = saved if short is None else min(saved, tokens * short)
@@ -302,8 +304,9 @@ def running(shape: Shape, way: Way, micro: Micro) -> float:
     matrix = shape.heads * length * (4 + 2 * e) if shape.eager else 0
     widest = max((3 if shape.gated else 2) * shape.intermediate * e, 5 * shape.attention * e + matrix)
     chunk = 12.0 * min(CHUNK, rows * length) * shape.vocab if way.classes is None else 0.0
-    number = 2.0 if _computes_bf16(way) else 4.0
-    unpacked = number * max(i * o for _, i, o in shape.linears) if way.load_in in ("nf4", "int8") else 0.0
+    unpacked = 2.0 * max(i * o for _, i, o in shape.linears) if way.load_in in ("nf4", "int8") else 0.0
+    if way.lora and e == 4 and fused(way):
+        unpacked = _merged(shape)
     return rows * length * (2 * shape.hidden * 4 + widest) + chunk + unpacked
 
 
