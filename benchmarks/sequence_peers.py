@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from student import DTYPES
 from torch.nn.functional import kl_div
 
 
@@ -29,8 +30,7 @@ def prepared(way: str) -> Callable[[argparse.Namespace, Path], float]:
 
 def dtypes(asked: argparse.Namespace) -> dict[str, torch.dtype]:
     """In which student and teacher are held."""
-    teacher = {"bf16": torch.bfloat16, "fp32": torch.float32}[asked.precision]
-    return {"student": torch.float32, "teacher": teacher}
+    return {"student": torch.float32, "teacher": DTYPES[asked.precision]}
 
 
 def models(asked: argparse.Namespace, directory: Path) -> tuple[Any, Any, Any]:

@@ -137,8 +137,8 @@ def cache(asked: argparse.Namespace, directory: Path, vocab: int) -> None:
 
     teacher, layout, key = layout_and_key(asked, directory, vocab)
     rows = examples(directory)
-    budget, arithmetic = 512, asked.precision
-    cache_teacher(teacher, rows, directory / "cache", layout, key, batch_tokens=budget, precision=arithmetic)
+    how = {"batch_tokens": 512, "precision": asked.precision}
+    cache_teacher(teacher, rows, directory / "cache", layout, key, **how)
 
 
 def layout_and_key(asked: argparse.Namespace, directory: Path, vocab: int) -> Any:

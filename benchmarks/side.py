@@ -162,8 +162,9 @@ def machine(threads: int) -> str:
 
 
 def bf16_units() -> list[str]:
-    """What this processor multiplies bf16 with (x86 under Linux). Without any, a product in bf16 takes some
-    fifty to three hundred times as long as in float32, on both sides of a comparison."""
+    """What this processor multiplies bf16 with (x86 under Linux), asked without llmkd, as peers' environments
+    have none of it. Without any, a product in bf16 takes some fifty to three hundred times as long as in
+    float32, on both sides of a comparison."""
     able = " ".join(line for line in processor() if line.startswith("flags"))
     return [kind for kind in ("avx512_bf16", "amx_bf16") if kind in able]
 
