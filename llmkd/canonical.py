@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from llmkd import mapped
 from llmkd.errors import DataError
-from llmkd.ids import Ids, repeated
+from llmkd.ids import Ids
 from llmkd.tasks import KINDS, content
 from llmkd.tasks.image import BYTES
 
@@ -266,7 +266,7 @@ def _ids(table: pa.Table, part: str, id_column: str | None, problems: list[str])
         names = (numbered(part, min(start + mapped.BATCH, table.num_rows), start) for start in starts)
         return mapped.column(pa.string(), (pa.array(some, pa.string()) for some in names))
     ids = pc.fill_null(table[id_column].cast(pa.string()), "")
-    twice = [id for id in repeated(Ids(ids), len(ids)) if id]
+    twice = [id for id in Ids(ids).repeated if id]
     if empty := pc.sum(pc.equal(ids, "")).as_py():
         problems.append(f"{empty} rows have no id in {id_column!r}: fill them")
     if twice:

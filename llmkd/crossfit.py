@@ -242,19 +242,21 @@ def teacher_logits(
     ids = Ids(table["id"])
     joined = mapped.zeros((len(table), len(teachers), len(labels)), np.float32)
     sources = [fold] if view == "in_sample" else [other for other in range(count) if other != fold]
-    for t, where in enumerate(teachers.values()):
-        for part in parts:
-            found = []
-            for source in sources:
-                rows = view_rows(table, source, count)[view if part == "train" else part]
-                file = where(source) / "logits.parquet"
-                own = logits.read(file, view if part == "train" else part, ids.of(rows), labels=labels)
-                if part == "train":
-                    joined[rows, t] = own
-                else:
-                    found.append(own)
-            if part != "train":
-                joined[rows, t] = found[0] if len(found) == 1 else mean_logits(found)
+
+    def said(where: Callable[[int], Path], source: int, kind: str, asked: Ids) -> NDArray[np.float32]:
+        return logits.read(where(source) / "logits.parquet", kind, asked, labels=labels)
+
+    for source in sources if "train" in parts else []:
+        rows = view_rows(table, source, count)[view]
+        asked = ids.of(rows)
+        for t, where in enumerate(teachers.values()):
+            joined[rows, t] = said(where, source, view, asked)
+    for part in (part for part in parts if part != "train"):
+        rows = view_rows(table, fold, count)[part]  # whatever the fold
+        asked = ids.of(rows)
+        for t, where in enumerate(teachers.values()):
+            found = [said(where, source, part, asked) for source in sources]
+            joined[rows, t] = found[0] if len(found) == 1 else mean_logits(found)
     return joined
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -30,9 +31,10 @@ class Ids(Sequence[str]):
     def __getitem__(self, at: slice) -> list[str]: ...
     def __getitem__(self, at: int | slice) -> str | list[str]:
         if isinstance(at, slice):
-            return self._several(range(len(self))[at])
-        found: str = self.column[int(at if self.rows is None else self.rows[at])].as_py()
-        return found
+            found: list[str] = self.array(range(len(self))[at]).to_pylist()
+            return found
+        one: str = self.column[int(at if self.rows is None else self.rows[at])].as_py()
+        return one
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), BATCH):
@@ -46,21 +48,21 @@ class Ids(Sequence[str]):
         """Those of some of these rows."""
         return Ids(self.column, rows if self.rows is None else self.rows[rows])
 
-    def _several(self, at: range) -> list[str]:
+    def array(self, at: range) -> pa.Array:
+        """Those at some places, as Arrow packs them."""
         if not at:
-            return []
+            return pa.array([], self.column.type)
         rows = np.arange(at.start, at.stop, at.step)
         rows = rows if self.rows is None else self.rows[rows]
         first = int(rows.min())  # `take` of a whole column would unpack all of it
         near = self.column.slice(first, int(rows.max()) - first + 1).combine_chunks()
-        found: list[str] = near.take(pa.array(rows - first)).to_pylist()
-        return found
+        return near.take(pa.array(rows - first))
 
-
-def repeated(ids: Iterable[str], count: int) -> list[str]:
-    """Those that stand more than once among `count` ids; all are held only where two have one hash."""
-    hashes = np.fromiter(map(hash, ids), np.int64, count)
-    hashes.sort()
-    if not (hashes[1:] == hashes[:-1]).any():
-        return []
-    return [id for id, times in Counter(ids).items() if times > 1]
+    @cached_property
+    def repeated(self) -> list[str]:
+        """Those that stand more than once; all are held only where two have one hash."""
+        hashes = np.fromiter(map(hash, self), np.int64, len(self))
+        hashes.sort()
+        if not (hashes[1:] == hashes[:-1]).any():
+            return []
+        return [id for id, times in Counter(self).items() if times > 1]

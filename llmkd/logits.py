@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from llmkd.errors import CacheError
-from llmkd.ids import repeated
+from llmkd.ids import Ids
 
 COLUMNS = ["id", "view", "logits"]
 GROUP = 8192  # rows of a row group, which is in memory while it is packed
@@ -64,7 +64,7 @@ def _check(
     if logits.shape != (len(ids), classes):
         expected = (len(ids), classes)
         raise CacheError(f"{path}: {view} logits are {logits.shape}, expected {expected}; {remedy}")
-    if repeated(ids, len(ids)):
+    if Ids.over(ids).repeated:
         raise CacheError(f"{path}: {view} has an id twice; {remedy}")
     if not np.isfinite(logits).all():
         row = int(np.argmin(np.isfinite(logits).all(-1)))
@@ -95,6 +95,7 @@ def read(
     """
     if not path.is_file():
         raise CacheError(f"{path}: no logits here; {remedy}")
+    ids = Ids.over(ids)
     try:
         alike = _alike(path, view, ids, labels, remedy)
         table = None if alike is not None else pa.Table.from_batches(_parts(path, view, labels, remedy))
@@ -108,14 +109,12 @@ def read(
     return logits
 
 
-def _alike(
-    path: Path, view: str, ids: Sequence[str], labels: Sequence[str], remedy: str
-) -> NDArray[np.float32] | None:
+def _alike(path: Path, view: str, ids: Ids, labels: Sequence[str], remedy: str) -> NDArray[np.float32] | None:
     """The logits where the file has the very ids asked for, in their order, as what `write` wrote for the
     same rows has: then nothing else is held. None where it has not."""
     found, at = np.empty((len(ids), len(labels)), np.float32), 0
     for part in _parts(path, view, labels, remedy):
-        if part["id"].to_pylist() != list(ids[at : at + len(part)]):
+        if at + len(part) > len(ids) or not part["id"].equals(ids.array(range(at, at + len(part)))):
             return None
         found[at : at + len(part)] = _values(part["logits"], len(labels))
         at += len(part)
@@ -123,12 +122,12 @@ def _alike(
 
 
 def _joined(
-    path: Path, table: pa.Table, view: str, ids: Sequence[str], classes: int, remedy: str
+    path: Path, table: pa.Table, view: str, ids: Ids, classes: int, remedy: str
 ) -> NDArray[np.float32]:
     """The logits of ids that stand in another order."""
     if pc.count_distinct(table["id"], mode="all").as_py() != len(table):
         raise CacheError(f"{path}: {view} has an id twice; {remedy}")
-    asked = pa.array(list(ids), pa.string())
+    asked = ids.array(range(len(ids)))
     at = pc.index_in(asked, value_set=table["id"])  # of each asked row, null where there is none
     if at.null_count:
         first = asked.filter(at.is_null())[0].as_py()
@@ -148,13 +147,21 @@ def _parts(path: Path, view: str, labels: Sequence[str], remedy: str) -> Iterato
         if names != list(labels):
             raise CacheError(f"{path}: labels {names}, but this run's are {list(labels)}; {remedy}")
         yield pa.RecordBatch.from_pylist([], pa.schema([file.schema_arrow.field(name) for name in COLUMNS]))
-        for part in file.iter_batches(GROUP, columns=COLUMNS):
+        groups = [at for at in range(file.num_row_groups) if _may_hold(file.metadata.row_group(at), view)]
+        for part in file.iter_batches(GROUP, row_groups=groups, columns=COLUMNS):
             part.validate(full=True)  # words that are not UTF-8, offsets that lead outside
             some = part.filter(pc.equal(part["view"], view))
             if len(some):
                 if len(some["logits"].flatten()) != len(some) * len(labels):
                     raise CacheError(f"{path}: {view} rows do not hold {len(labels)} logits each; {remedy}")
                 yield some
+
+
+def _may_hold(group: pq.RowGroupMetaData, view: str) -> bool:
+    """Whether a row group may have rows of the view: `write` gives each view groups of its own."""
+    columns = (group.column(at) for at in range(group.num_columns))
+    known = next(one.statistics for one in columns if one.path_in_schema == "view")
+    return known is None or not known.has_min_max or bool(known.min <= view <= known.max)
 
 
 def _values(logits: pa.Array, classes: int) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from llmkd import folds as folding
 from llmkd import mapped
 from llmkd.canonical import OWN_COLUMNS, SWAPPED, canonical
 from llmkd.errors import DataError
-from llmkd.ids import Ids, repeated
+from llmkd.ids import Ids
 from llmkd.progress import bar
 from llmkd.sources import arena_numbers, read
 from llmkd.tasks import KINDS, preference
@@ -87,8 +87,7 @@ def held_out(
 
 def _check_ids(parts: Sequence[pa.Table]) -> None:
     """Ids are unique over all parts: logits are joined by them."""
-    ids = Ids(pa.chunked_array([chunk for table in parts for chunk in table["id"].chunks]))
-    twice = repeated(ids, len(ids))
+    twice = Ids(pa.chunked_array([chunk for table in parts for chunk in table["id"].chunks])).repeated
     if twice:
         raise DataError(
             f"{len(twice)} ids stand in more than one part, first {twice[0]!r}: "

@@ -1,4 +1,4 @@
-"""Gemma 2's blocks of attention, its norms, and LoRA layers as one operation: the numbers stay."""
+"""Gemma 2's attention by blocks, its norms and its gated MLP: the numbers stay."""
 
 import copy
 from collections.abc import Callable
@@ -6,50 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from alike import LENGTH, assert_alike, rows
 from tiny import classifier
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as eager_way
 
-from llmkd.models import blocks, gemma2, lora_linear, passes, pooling
+from llmkd.models import blocks, gemma2, passes, pooling
 from llmkd.models.gemma2 import tune
-from llmkd.models.lora import add_lora
-from llmkd.models.lora_linear import fuse
-from llmkd.models.pooling import autocast, class_logits
-
-LENGTH = 300  # more than one block of queries
+from llmkd.models.pooling import class_logits
 
 
 def gemma(**settings: Any) -> Any:
     return classifier(
         "gemma2", num_hidden_layers=3, num_key_value_heads=1, max_position_embeddings=512, **settings
     )
-
-
-def rows() -> dict[str, Tensor]:
-    """Unpadded, padded on the right, padded on the left."""
-    torch.manual_seed(1)
-    mask = torch.ones(3, LENGTH, dtype=torch.long)
-    mask[1, 200:], mask[2, :40] = 0, 0
-    return {"input_ids": torch.randint(3, 64, (3, LENGTH)), "attention_mask": mask}
-
-
-def logits_and_gradients(model: nn.Module, precision: str = "fp32") -> tuple[Tensor, dict[str, Tensor]]:
-    torch.manual_seed(2)
-    with autocast(precision, "cpu"):
-        logits = class_logits(model, **rows())
-    (logits * torch.randn(3, 3)).sum().backward()
-    found = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-    return logits.detach(), found
-
-
-def assert_alike(one: nn.Module, two: nn.Module, precision: str, tolerance: float) -> None:
-    (logits, gradients), (others, theirs) = (logits_and_gradients(m, precision) for m in (one, two))
-    assert (logits - others).abs().max() <= tolerance * others.abs().max()
-    assert gradients.keys() == theirs.keys()
-    for name, gradient in theirs.items():
-        assert (gradients[name] - gradient).abs().max() <= 10 * tolerance * gradient.abs().max() + 1e-9, name
 
 
 @pytest.fixture
@@ -252,119 +224,6 @@ def test_a_model_spread_over_devices_keeps_its_own_forwards() -> None:
 def test_other_models_keep_their_attention(taken: list[Tensor]) -> None:
     class_logits(classifier("llama", max_position_embeddings=512), **rows())
     assert not taken
-
-
-def adapted(dropout: float = 0.0) -> tuple[Any, Any]:
-    """The same model and adapter, with and without fused layers; B is not 0."""
-    base = classifier("llama", max_position_embeddings=512, num_hidden_layers=2)
-    fused = add_lora(base, r=4, alpha=8, dropout=dropout)
-    torch.manual_seed(3)
-    for name, value in fused.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(value, std=0.2)
-    usual = copy.deepcopy(fused)
-    for module in usual.modules():
-        module.__dict__.pop("forward", None)
-    return fused, usual
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 3e-2)])
-def test_a_fused_layer_gives_what_peft_gives(precision: str, tolerance: float) -> None:
-    fused, usual = adapted()
-    if precision == "bf16":
-        for model in (fused, usual):
-            model.get_base_model().model.to(torch.bfloat16)
-            for value in model.parameters():
-                value.data = value.data.float() if value.requires_grad else value.data
-    assert_alike(fused, usual, precision, tolerance)
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("biased", [True, False])
-def test_gradients_of_a_merged_layer(first: bool, biased: bool) -> None:
-    """first: nothing before it learns, so its input has no gradient."""
-    draw = torch.Generator().manual_seed(0)
-    sizes = (2, 3, 6), (5, 6), (5,), (2, 6), (5, 2)  # x, weight, bias, A, B
-    given = [torch.randn(size, generator=draw, dtype=torch.float64) for size in sizes]
-    x, weight, bias, a, b = given
-    learns = [a.requires_grad_(), b.requires_grad_(), *([] if first else [x.requires_grad_()])]
-
-    def merged(*_: Tensor) -> Any:
-        return lora_linear._MergedLinear.apply(x, weight, bias if biased else None, a, b, 0.7)
-
-    expected = x @ weight.T + 0.7 * x @ a.T @ b.T + (bias if biased else 0)
-    torch.testing.assert_close(merged(), expected)
-    assert torch.autograd.gradcheck(merged, learns)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "kind", "pays"),
-    [(28, torch.float32, True), (27, torch.float32, False), (900, torch.bfloat16, False)],
-)
-def test_an_adapter_is_merged_where_that_is_exact_and_pays(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, kind: torch.dtype, pays: bool
-) -> None:
-    """A weight of 16 x 12: 4 x 16 x 12 by 16 + 12 is 27.4 tokens."""
-    taken: list[Any] = []
-    apply = lora_linear._MergedLinear.apply
-    monkeypatch.setattr(lora_linear._MergedLinear, "apply", lambda *x: (taken.append(x), apply(*x))[1])
-    model = nn.Sequential(nn.Linear(12, 16, dtype=kind))
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model = inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), model)
-    usual = copy.deepcopy(model)
-    fuse(model)
-    x = torch.randn(tokens, 12).to(kind)
-    found, expected = model(x), usual(x)
-    assert (found - expected).abs().max() <= (0.03 if kind == torch.bfloat16 else 1e-5) * expected.abs().max()
-    assert bool(taken) == pays
-
-
-def test_a_merged_layer_is_as_exact_as_peft_s() -> None:
-    """Against float64: an adapter of a hundred-thousandth of the weight is not rounded away."""
-    torch.manual_seed(0)
-    x, weight, a = torch.randn(400, 64), torch.randn(96, 64), torch.randn(8, 64)
-    b = 1e-5 * torch.randn(96, 8)
-    wide = [one.double() for one in (x, weight, a, b)]
-    right = wide[0] @ wide[1].T + 2 * wide[0] @ wide[2].T @ wide[3].T
-    ours = lora_linear._MergedLinear.apply(x, weight, None, a, b, 2.0)
-    theirs = x @ weight.T + 2 * x @ a.T @ b.T
-    assert (ours - right).norm() <= 1.2 * (theirs - right).norm()
-
-
-def test_a_hook_on_a_part_is_called() -> None:
-    fused, usual = adapted()
-    seen: list[Tensor] = []
-    for module in fused.modules():
-        if hasattr(module, "lora_A"):
-            module.lora_A["default"].register_forward_hook(lambda one, given, out: seen.append(out))
-    assert_alike(fused, usual, "fp32", 1e-5)
-    assert len(seen) == 14
-
-
-def test_a_fused_layer_drops_what_peft_drops() -> None:
-    fused, usual = adapted(dropout=0.5)
-    assert_alike(fused.train(), usual.train(), "fp32", 1e-5)
-
-
-def test_an_adapter_that_is_switched_off_adds_nothing() -> None:
-    fused, usual = adapted()
-    with torch.no_grad(), fused.disable_adapter(), usual.disable_adapter():
-        assert torch.equal(class_logits(fused, **rows()), class_logits(usual, **rows()))
-
-
-def test_merging_a_fused_adapter_changes_no_logit() -> None:
-    fused, _ = adapted()
-    with torch.no_grad():
-        before = class_logits(fused, **rows())
-        after = class_logits(fused.merge_and_unload(), **rows())
-    assert torch.allclose(before, after, atol=1e-5)
-
-
-def test_fusing_twice_is_fusing_once() -> None:
-    fused, usual = adapted()
-    fuse(fused)
-    assert_alike(fused, usual, "fp32", 1e-5)
 
 
 def test_a_tanh_in_place_is_torch_s_to_its_last_digits() -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from llmkd import crossfit, logits, mapped
-from llmkd.ids import Ids, repeated
+from llmkd.ids import Ids
 from llmkd.kept import Kept, in_order
 
 WORDS = [f"r{n}" for n in range(3000)]
@@ -49,15 +49,14 @@ def test_a_list_becomes_ids_and_ids_stay() -> None:
 
 
 def test_what_stands_twice_is_named_once() -> None:
-    assert repeated(WORDS, len(WORDS)) == []
-    twice = [*WORDS, "r5", "r2", "r5"]
-    assert repeated(twice, len(twice)) == ["r2", "r5"]
+    assert Ids.over(WORDS).repeated == []
+    assert Ids.over([*WORDS, "r5", "r2", "r5"]).repeated == ["r2", "r5"]
 
 
 def test_one_hash_of_two_ids_is_no_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.hash", lambda id: len(id))
-    assert repeated(["aa", "bb"], 2) == []
-    assert repeated(["aa", "bb", "aa"], 3) == ["aa"]
+    assert Ids.over(["aa", "bb"]).repeated == []
+    assert Ids.over(["aa", "bb", "aa"]).repeated == ["aa"]
 
 
 def test_logits_of_several_ranks_stand_in_the_order_asked_for() -> None:

@@ -43,6 +43,37 @@ def test_rows_come_in_the_order_asked_for(file: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("view", ["oof", "ärger", "test"])
+def test_views_that_share_row_groups_do_not_mix(tmp_path: Path, counted: bool, view: str) -> None:
+    """As some other program may write them, with or without each group's least and greatest view."""
+    views = ["oof", "ärger", "test", "oof", "test", "ärger", "oof"]
+    ids, values = [f"r{n}" for n in range(len(views))], np.arange(3.0 * len(views), dtype=np.float32)
+    columns = [pa.array(ids), pa.array(views), pa.FixedSizeListArray.from_arrays(values, 3)]
+    table = pa.table(columns, logits.COLUMNS).replace_schema_metadata({"labels": json.dumps(LABELS)})
+    pq.write_table(table, tmp_path / "c", row_group_size=2, write_statistics=counted)
+    rows = [n for n, one in enumerate(views) if one == view]
+    found = logits.read(tmp_path / "c", view, [ids[n] for n in rows], labels=LABELS)
+    np.testing.assert_array_equal(found, values.reshape(-1, 3)[rows])
+
+
+def test_other_views_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    views = {name: ([f"{name}{n}" for n in range(20)], np.zeros((20, 3))) for name in ("oof", "test")}
+    monkeypatch.setattr(logits, "GROUP", 8)
+    logits.write(tmp_path / "c", views, teacher="t", labels=LABELS)
+    read, batches = list[list[int]](), pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda self, *given, row_groups, **more: (
+            read.append(row_groups),
+            batches(self, *given, row_groups=row_groups, **more),
+        )[1],
+    )
+    logits.read(tmp_path / "c", "test", views["test"][0], labels=LABELS)
+    assert read == [[3, 4, 5]]
+
+
 def test_views_do_not_mix(file: Path) -> None:
     np.testing.assert_array_equal(logits.read(file, "test", ["t#swapped"], labels=LABELS), VALUES[:1] * 2)
 
