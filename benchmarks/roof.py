@@ -2,15 +2,15 @@
 
     python benchmarks/roof.py [--data prefs.parquet] [--rounds 3] [--ranks 4]
 
-The step: 64 rows, two teachers' cached logits, a Gemma2 of 25M parameters with LoRA (r 64), AdamW: forward,
-backward, clip, optimizer. The rate: one product of 2048 x 2048 matrices in the same precision, in turn with
-the step, on the same threads. Operations are those that the mathematics needs for the real tokens (padding
-counts as lost): a frozen layer of I inputs and O outputs 2IO forward and 2IO for its input's gradient, its
-adapter 2r(I + O) each for forward, input and weights; attention 6 products of L(L + 1)/2 pairs of tokens,
-2D each, a head. In float32 ours adds an adapter to its layer first, and a third of its operations goes: they
-are not counted then, and the share with them is told beside. The first layer's projections of queries, keys
-and values need no gradient of their input. The last layer's keys and values are of all tokens; all else
-there is of the one token that the head reads.
+The step: 64 rows, two teachers' cached logits, a Gemma2 of 25M parameters with LoRA (r 64, dropout 0.05),
+AdamW: forward, backward, clip, optimizer. The rate: one product of 2048 x 2048 matrices in the same
+precision, in turn with the step, on the same threads. Operations are those that the mathematics needs for
+the real tokens (padding counts as lost): a frozen layer of I inputs and O outputs 2IO forward and 2IO for
+its input's gradient, its adapter 2r(I + O) each for forward, input and weights; attention 6 products of
+L(L + 1)/2 pairs of tokens, 2D each, a head. In float32 without dropout ours adds an adapter to its layer
+first, and a third of its operations goes: they are not counted then, and the share with them is told beside.
+The first layer's projections of queries, keys and values need no gradient of their input. The last layer's
+keys and values are of all tokens; all else there is of the one token that the head reads.
 --ranks N: N processes of one thread share the step as the engine deals it, gradients meet once; its rate is
 all operations by the seconds of the slowest. The product is N at once, one a process, their rates together.
 """
@@ -27,7 +27,18 @@ from typing import Any
 import numpy as np
 import torch
 from side import Row, clock, compare, parser, parts
-from student import DTYPES, LORA, SIZES, TOY, classifier, examples, lengths_in_words, our_lora, token_rows
+from student import (
+    DROPOUT,
+    DTYPES,
+    LORA,
+    SIZES,
+    TOY,
+    classifier,
+    examples,
+    lengths_in_words,
+    our_lora,
+    token_rows,
+)
 from together import together
 
 PRODUCTS = 5.0  # seconds of products: ranks begin and end them together
@@ -39,6 +50,7 @@ def main() -> None:
     for name, default in {"step-rows": 64, "max-tokens": 1024, "batch-tokens": 4096}.items():
         found.add_argument(f"--{name}", type=int, default=default)
     found.add_argument("--ranks", type=int, default=1)
+    found.add_argument("--dropout", type=float, default=DROPOUT, help="of the adapters' inputs")
     asked = found.parse_args()
     if asked.quick:
         asked.step_rows, asked.max_tokens, asked.rounds = 16, 48, 1
@@ -55,7 +67,7 @@ def measure(asked: argparse.Namespace) -> list[Row]:
     data, step = chosen(asked)
     rows = np.concatenate([rows for rows, _ in step])
     print(f"the step: {lengths_in_words(data.lengths[rows])}, {len(step)} micro-batches")
-    merged = asked.precision == "fp32"
+    merged = asked.precision == "fp32" and not asked.dropout
     needed, written = (
         operations(sizes, LORA["r"], data.lengths[rows], merged=one) for one in (merged, False)
     )
@@ -70,7 +82,7 @@ def measure(asked: argparse.Namespace) -> list[Row]:
     sides = [f"{median(rates) / 1e9:.1f} GFLOP/s" for rates in (steps, products)]
     note = f"loss {median(sum(losses) for losses in zip(*(one['loss'] for one in each), strict=True)):.5f}"
     note += f"; {median(shares) * written / needed:.2f} with adapters' products as peft has them" * merged
-    what = f"a training step's matrix rate, {parts(asked)}, {asked.precision}, "
+    what = f"a training step's matrix rate, {parts(asked)}, {asked.precision}, dropout {asked.dropout:g}, "
     what += f"{asked.batch_tokens:,} tokens a micro-batch"
     against = f"{asked.ranks} large products at once" if asked.ranks > 1 else "one large product"
     return [Row(what, against, shares, ">= 0.7", *sides, note)]
@@ -139,7 +151,7 @@ def student(asked: argparse.Namespace) -> tuple[Any, torch.optim.Optimizer]:
     from llmkd.objective import Objective
 
     objective = Objective({"ce": 1, "kl": 1, "cosine": 1}, ["one", "two"], [1.0, 1.0], [1.0, 1.0])
-    model = our_lora(classifier(TOY if asked.quick else SIZES, asked.precision))
+    model = our_lora(classifier(TOY if asked.quick else SIZES, asked.precision), asked.dropout)
     method = Cached(model, objective, asked.precision).train()
     trained = [value for value in method.parameters() if value.requires_grad]
     return method, torch.optim.AdamW(trained, lr=0)  # every round the same loss, whatever the ranks

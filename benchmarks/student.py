@@ -11,7 +11,8 @@ from torch import nn
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LABELS = ["a", "b", "tie"]
-LORA = {"r": 64, "alpha": 128, "dropout": 0.0}
+LORA = {"r": 64, "alpha": 128}
+DROPOUT = 0.05  # of an adapter's input, as in the reference recipe
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 4, "head_dim": 64, "vocab_size": 12_000}  # 24.9M parameters
 TOY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -40,14 +41,14 @@ def classifier(sizes: dict[str, int], precision: str, positions: int = 2048) -> 
     return model
 
 
-def plain_lora(model: Any) -> nn.Module:
+def plain_lora(model: Any, dropout: float = 0.0) -> nn.Module:
     """The adapter as one adds it with peft alone."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
         r=LORA["r"],
         lora_alpha=LORA["alpha"],
-        lora_dropout=LORA["dropout"],
+        lora_dropout=dropout,
         target_modules="all-linear",
         modules_to_save=["score"],
         exclude_modules="score",
@@ -56,17 +57,17 @@ def plain_lora(model: Any) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def our_lora(model: Any) -> nn.Module:
+def our_lora(model: Any, dropout: float = 0.0) -> nn.Module:
     from llmkd.models.lora import add_lora
 
-    return add_lora(model, **LORA)
+    return add_lora(model, **LORA, dropout=dropout)
 
 
 def both_models(
-    sizes: dict[str, int], precision: str
+    sizes: dict[str, int], precision: str, dropout: float
 ) -> tuple[nn.Module, nn.Module, dict[str, torch.Tensor]]:
     """A plain one, ours, and the weights that both start from."""
-    theirs, ours = (add(classifier(sizes, precision)) for add in (plain_lora, our_lora))
+    theirs, ours = (add(classifier(sizes, precision), dropout) for add in (plain_lora, our_lora))
     print(f"{sum(value.numel() for value in theirs.parameters()) / 1e6:.1f}M parameters, adapter included")
     start = {name: value.detach().clone() for name, value in theirs.named_parameters() if value.requires_grad}
     return theirs, ours, start

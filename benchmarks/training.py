@@ -4,9 +4,10 @@
     python benchmarks/training.py --ranks 4 [--peers plain2 plain2-ranks trainer-ranks]
     python benchmarks/training.py --threads 1        # no rank, no second thread: the recipes alone
 
-A Gemma2 of 25M parameters with LoRA (r 64), steps of 64 rows, (CE + 2 KL + 2 cosine) / 5, AdamW.
-Every way trains the same rows once, from the same weights. plain2, plain8: the reference recipe's loop in
-plain PyTorch and peft, random batches of 2 or 8 padded to their longest row, accumulated to a step.
+A Gemma2 of 25M parameters with LoRA (r 64, dropout 0.05, of which each way draws its own), steps of 64 rows,
+(CE + 2 KL + 2 cosine) / 5, AdamW. Every way trains the same rows once, from the same weights. plain2,
+plain8: the reference recipe's loop in plain PyTorch and peft, random batches of 2 or 8 padded to their
+longest row, accumulated to a step.
 trainer: the stock Hugging Face Trainer, DataCollatorWithPadding, batches of 8, with that loss. Ours:
 llmkd.train.fit with llmkd.methods.cached, as stage 03 calls it. With --data, the file's texts in the tokens
 of a tokenizer trained on them. The rows are whole steps of an epoch over the whole file. --ranks N: ours as
@@ -34,7 +35,7 @@ import numpy as np
 import torch
 from peers import plain, stock
 from side import Row, clock, compare, in_turn, middle, parser, parts, ratios
-from student import SIZES, TOY, both_models, examples, lengths_in_words, token_rows
+from student import DROPOUT, SIZES, TOY, both_models, examples, lengths_in_words, token_rows
 from together import together
 from torch import nn
 
@@ -57,6 +58,7 @@ def main() -> None:
     for name, default in {"steps": 3, "step-rows": 64, "max-tokens": 1024, "batch-tokens": 4096}.items():
         found.add_argument(f"--{name}", type=int, default=default)
     found.add_argument("--lr", type=float, default=5e-5)
+    found.add_argument("--dropout", type=float, default=DROPOUT, help="of the adapters' inputs")
     found.add_argument("--ranks", type=int, default=1, help="processes of one thread")
     found.add_argument("--peers", nargs="*", choices=[*NAMES, *(name + APART for name in NAMES)])
     asked = found.parse_args()
@@ -80,7 +82,7 @@ def main() -> None:
 def measure(asked: argparse.Namespace) -> list[Row]:
     rows = chosen(asked)
     data = examples(rows)
-    theirs, ours, start = both_models(TOY if asked.quick else SIZES, asked.precision)
+    theirs, ours, start = both_models(TOY if asked.quick else SIZES, asked.precision, asked.dropout)
     names = ["ours", *asked.peers]
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "data"
@@ -113,7 +115,7 @@ def rank(asked: argparse.Namespace) -> dict[str, float]:
     """In one rank's process."""
     ranks.start()
     data = examples(pickle.loads(Path(os.environ[DATA]).read_bytes()))
-    theirs, ours, start = both_models(TOY if asked.quick else SIZES, asked.precision)
+    theirs, ours, start = both_models(TOY if asked.quick else SIZES, asked.precision, asked.dropout)
     train = partial(timed, trainer(asked.way), ours if asked.way == "ours" else theirs, start, asked=asked)
     train(few(data, asked.ranks))
     ranks.barrier()
@@ -146,7 +148,7 @@ def row(found: Any, peer: str, asked: argparse.Namespace) -> Row:
     speed, theirs = middle(found, "ours", "rows_a_second"), middle(found, peer, "rows_a_second")
     losses = [middle(found, way, "loss") for way in ("ours", peer)]
     what = f"training, {asked.data.parent.name if asked.data else 'made-up'} lengths"
-    what += f", {parts(asked)}, {asked.precision}"
+    what += f", {parts(asked)}, {asked.precision}, dropout {asked.dropout:g}"
     like = peer.removesuffix(APART)
     against = NAMES[like]
     if asked.ranks > 1:

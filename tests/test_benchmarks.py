@@ -57,13 +57,13 @@ def test_ranks_train_on_the_same_rows(load: Any, tmp_path: Path) -> None:
     (row,) = measured(load, "training", tmp_path / "rows", *told)
     ours, theirs = sides(row["note"])
     assert ours == pytest.approx(theirs, abs=2e-5)
-    assert row["what"].endswith("2 ranks, fp32")
+    assert row["what"].endswith("2 ranks, fp32, dropout 0.05")
 
 
 @pytest.mark.slow
 def test_peers_take_the_same_steps_by_ranks(load: Any, tmp_path: Path) -> None:
     peers = ["plain2", "plain2-ranks", "trainer", "trainer-ranks"]
-    told = ["--precision", "fp32", "--lr", "0.01", "--ranks", "2", "--peers", *peers]
+    told = ["--precision", "fp32", "--dropout", "0", "--lr", "0.01", "--ranks", "2", "--peers", *peers]
     rows = measured(load, "training", tmp_path / "rows", *told)
     plain, plain_ranks, trainer, trainer_ranks = (sides(row["note"])[1] for row in rows)
     assert plain_ranks == pytest.approx(plain, abs=2e-5)

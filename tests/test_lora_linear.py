@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from alike import assert_alike, rows
+from alike import assert_alike, logits_and_gradients, rows
 from tiny import classifier
 from torch import Tensor, nn
 
@@ -103,9 +103,83 @@ def test_a_hook_on_a_part_is_called() -> None:
     assert len(seen) == 14
 
 
-def test_a_fused_layer_drops_what_peft_drops() -> None:
-    fused, usual = adapted(dropout=0.5)
+class Falling(nn.Module):
+    """Dropout of every seventh entry."""
+
+    p = 0.25
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten().index_fill(0, sevenths(x, self.p), 0).view_as(x) / (1 - self.p)
+
+
+def sevenths(x: Tensor, p: float) -> Tensor:
+    return torch.arange(3, x.numel(), 7)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_fused_layer_drops_as_peft_does(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    """masked: as elsewhere than on a CPU."""
+    fused, usual = adapted(dropout=Falling.p)
+
+    def holes(x: Tensor, p: float) -> Tensor:
+        mask = torch.zeros(x.numel(), dtype=torch.bool).index_fill(0, sevenths(x, p), True)
+        return mask.view_as(x) if masked else sevenths(x, p)
+
+    monkeypatch.setattr(lora_linear, "drawn", holes)
+    for module in usual.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = Falling()
     assert_alike(fused.train(), usual.train(), "fp32", 1e-5)
+    fused.zero_grad()
+    assert_alike(fused.eval(), adapted()[1], "fp32", 1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_gradients_of_a_layer_with_dropout(first: bool, masked: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    sizes = (2, 3, 6), (5, 6), (5,), (2, 6), (5, 2)  # x, weight, bias, A, B
+    x, weight, bias, a, b = (torch.randn(size, generator=draw, dtype=torch.float64) for size in sizes)
+    x = x.mT.contiguous().mT.detach().requires_grad_(not first)  # of a layout of its own
+    learns = [a.requires_grad_(), b.requires_grad_(), *([] if first else [x])]
+    mask = torch.rand(2, 3, 6, generator=draw) < 0.4
+    holes = mask if masked else mask.flatten().nonzero().flatten()
+
+    def dropped(*_: Tensor) -> Any:
+        return lora_linear._LoraLinear.apply(x, holes, weight, bias, a, b, 0.7)
+
+    torch.testing.assert_close(dropped(), x @ weight.T + 0.7 * (x * ~mask) @ a.T @ b.T + bias)
+    assert torch.autograd.gradcheck(dropped, learns)
+
+
+def test_what_falls_is_drawn_anew_and_again_with_the_seed() -> None:
+    fused, _ = adapted(dropout=0.5)
+    fused.train()
+    given = rows()
+    with torch.no_grad():
+        one, two, three = ((torch.manual_seed(seed), class_logits(fused, **given))[1] for seed in (1, 1, 2))
+    assert torch.equal(one, two)
+    assert (one - three).abs().max() > 1e-3
+
+
+def test_checkpointed_layers_drop_the_same_entries_twice() -> None:
+    fused, _ = adapted(dropout=0.5)
+    _, expected = logits_and_gradients(fused.train())
+    fused.zero_grad()
+    fused.gradient_checkpointing_enable()
+    _, found = logits_and_gradients(fused)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_on_average_nothing_is_lost() -> None:
+    layer = adapted(dropout=0.5)[0].train().base_model.model.model.layers[0].mlp.up_proj
+    torch.manual_seed(0)
+    with torch.no_grad():
+        x = torch.randn(1, layer.in_features).expand(20_000, -1)
+        found, expected = layer(x), adapted()[0].base_model.model.model.layers[0].mlp.up_proj(x[:1])
+    error = (found.mean(0) - expected[0]).abs()
+    assert (error <= 5 * found.std(0) / 20_000**0.5 + 1e-6).all()
 
 
 def test_an_adapter_that_is_switched_off_adds_nothing() -> None:

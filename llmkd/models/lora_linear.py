@@ -17,17 +17,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from llmkd.models.holes import drawn, zero_
+
 ADAPTER = "default"  # peft's name of the only adapter
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x Wᵀ + c + s (d Aᵀ) Bᵀ, W and c frozen, d = x after dropout (Hu et al. 2021, arXiv 2106.09685)."""
+    """x Wᵀ + c + s (d Aᵀ) Bᵀ, W and c frozen, d = x with zeros in its holes (Hu et al. 2021, arXiv
+    2106.09685).
+
+    Dropout's factor 1 / (1 - p) is the caller's, in s. d is made anew for the gradient: kept, it would be a
+    second x for each layer that reads x.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        dropped: Tensor | None,
+        holes: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         a: Tensor,
@@ -35,28 +42,26 @@ class _LoraLinear(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, I)
-        seen = rows if dropped is None else dropped.reshape(rows.shape)  # (N, I)
         narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)  # (r, I), (O, r)
-        low = seen @ narrow_a.T  # (N, r)
+        low = _dropped(rows, holes) @ narrow_a.T  # (N, r)
         out = linear(rows, weight, bias).addmm_(low, narrow_b.T, alpha=scaling)  # (N, O)
-        ctx.save_for_backward(seen, weight, narrow_a, narrow_b, low)
-        ctx.scaling, ctx.shape, ctx.wide, ctx.alike = scaling, x.shape, a.dtype, dropped is None
+        ctx.save_for_backward(rows, holes, weight, narrow_a, narrow_b, low)
+        ctx.scaling, ctx.shape, ctx.wide = scaling, x.shape, a.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        seen, weight, a, b, low = ctx.saved_tensors
+        rows, holes, weight, a, b, low = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])  # (N, O)
         grad_low = (grad @ b).mul_(ctx.scaling)  # (N, r)
-        grad_a = (grad_low.T @ seen).to(ctx.wide)
+        grad_a = (grad_low.T @ _dropped(rows, holes)).to(ctx.wide)
         grad_b = (grad.T @ low).to(ctx.wide).mul_(ctx.scaling)
-        grad_x = grad_dropped = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight  # (N, I)
-            grad_x = (grad_x.addmm_(grad_low, a) if ctx.alike else grad_x).view(ctx.shape)
-        if ctx.needs_input_grad[1]:
-            grad_dropped = (grad_low @ a).view(ctx.shape)
-        return grad_x, grad_dropped, None, None, grad_a, grad_b, None
+        grad_x = None
+        if ctx.needs_input_grad[0] and holes is None:
+            grad_x = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)  # (N, I)
+        elif ctx.needs_input_grad[0]:
+            grad_x = zero_(grad_low @ a, holes).addmm_(grad, weight).view(ctx.shape)
+        return grad_x, None, None, None, grad_a, grad_b, None
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -104,11 +109,16 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
     base, dropout = layer.base_layer, layer.lora_dropout[ADAPTER]
     x = x.to(base.weight.dtype)
-    dropped = dropout(x) if isinstance(dropout, nn.Dropout) and dropout.training else None
-    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    if dropped is None and _merging_pays(x, base.weight, a):
-        return _MergedLinear.apply(x, base.weight, base.bias, a, b, layer.scaling[ADAPTER])  # type: ignore[no-any-return]
-    return _LoraLinear.apply(x, dropped, base.weight, base.bias, a, b, layer.scaling[ADAPTER])  # type: ignore[no-any-return]
+    a, b, scaling = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
+    share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    if not share and _merging_pays(x, base.weight, a):
+        return _MergedLinear.apply(x, base.weight, base.bias, a, b, scaling)  # type: ignore[no-any-return]
+    holes = drawn(x, share) if share else None
+    return _LoraLinear.apply(x, holes, base.weight, base.bias, a, b, scaling / (1 - share))  # type: ignore[no-any-return]
+
+
+def _dropped(rows: Tensor, holes: Tensor | None) -> Tensor:
+    return rows if holes is None else zero_(rows.clone(memory_format=torch.contiguous_format), holes)
 
 
 def _merging_pays(x: Tensor, weight: Tensor, a: Tensor) -> bool:

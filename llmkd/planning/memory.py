@@ -21,6 +21,7 @@ from llmkd.planning.shapes import Shape
 HELD = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "nf4": (4 + 8 / 64 + 32 / (64 * 256)) / 8}
 CHUNK = 128  # of llmkd.chunked, which must not be imported here: it imports torch
 QUERIES = 128  # of llmkd.models.blocks, likewise
+NUMBERS = 2**18  # of a block in llmkd.models.passes, on one thread
 Micro = tuple[int, int]  # a micro-batch: rows, tokens of its longest row
 
 
@@ -166,9 +167,9 @@ def block_saved(shape: Shape, way: Way, length: int) -> float:
 
     H hidden, m intermediate, a = heads x head_dim, e bytes of the arithmetic (2 in bf16). Korthikanti's
     34 s b h + 5 a s^2 b (their equation 1) is the case of a GPT in 16 bits; here, term by term:
-    inputs of linear layers (`_inputs`); norms 4 H each, twice where their weight learns (RMSNorm is computed
-    in float32); SwiGLU 3 m e, GELU m e; queries, keys (repeated to all heads), values 3 a e; the result a e
-    where no linear layer keeps it; the scores where attention is a matrix, `_scores`; dropout's masks.
+    inputs of linear layers (`_inputs`); norms, `_norm`; a gated MLP 3 m e, or 2 where it is
+    this package's, GELU m e; queries, keys (repeated to all heads), values 3 a e; the result a e where no
+    linear layer keeps it; the scores where attention is a matrix, `_scores`; dropout's masks.
     """
     e = 2 if way.precision == "bf16" else 4
     h, m, a = shape.hidden, shape.intermediate, shape.attention
@@ -178,11 +179,11 @@ def block_saved(shape: Shape, way: Way, length: int) -> float:
         masks = 2 * h * (1 if way.device == "cuda" else e) if shape.hidden_dropout else 0
         norms = 2 * h * residual + masks
     else:
-        norms = (4 if shape.family == "gemma2" else 2) * h * 4 * (2 if full else 1)
-    act = (3 if shape.gated else 1) * m * e
+        norms = (4 if shape.family == "gemma2" else 2) * h * _norm(shape, way)
+    act = (2 if _tuned(shape, way) else 3 if shape.gated else 1) * m * e
     math = not shape.eager and way.device == "cpu" and shape.attention_dropout > 0
     attention = 3 * a * (4 if math else e) + _scores(shape, way, length, e, math)
-    if not shape.eager and not math and way.lora and (way.lora["dropout"] or not fused(way)):
+    if not shape.eager and not math and way.lora and not fused(way):
         attention += a * e
     return _inputs(shape, way, e) + norms + act + attention
 
@@ -194,12 +195,26 @@ def _last_saved(shape: Shape, way: Way) -> float | None:
     if not able or shape.family not in ("gemma2", "llama", "qwen2") or shape.attention_dropout:
         return None
     e = 2 if way.precision == "bf16" else 4
-    return shape.hidden * (4 * (2 if way.lora is None else 1) + e) + 2 * shape.attention * e
+    return shape.hidden * (_norm(shape, way) + e) + 2 * shape.attention * e
 
 
 def fused(way: Way) -> bool:
     """Whether base and adapter compute as one operation (`llmkd.models.lora_linear`)."""
     return way.zero.stage < 3 and way.load_in == way.precision
+
+
+def _tuned(shape: Shape, way: Way) -> bool:
+    """Whether attention, gated MLP and frozen norms are this package's own (`llmkd.models.gemma2`)."""
+    judged = way.classes is not None or way.chunked
+    return shape.family == "gemma2" and way.device == "cpu" and judged
+
+
+def _norm(shape: Shape, way: Way) -> int:
+    """Bytes of a number that an RMSNorm keeps: computed in float32, twice where its weight learns; this
+    package's keeps its input as it came."""
+    if way.lora is None:
+        return 8
+    return 2 if _tuned(shape, way) and fused(way) and way.precision == "bf16" else 4
 
 
 def _merged(shape: Shape) -> float:
@@ -209,18 +224,20 @@ def _merged(shape: Shape) -> float:
 
 def _inputs(shape: Shape, way: Way, e: int) -> float:
     """What linear layers keep: their inputs, if their weight learns, one copy for layers that read the same
-    tensor; under autocast each its own. LoRA's A keeps its own behind dropout, with dropout's mask."""
+    tensor; under autocast each its own. LoRA as one operation keeps each input once, and the places of
+    dropout's zeros, 8 bytes each, or on CUDA a byte an entry; PEFT's A its own copy behind dropout, and
+    dropout's mask."""
     if way.lora is None:
         every = sum(inputs for _, inputs, _ in shape.linears)
         readers = 2 + shape.gated  # that read what q, or the gate, has read: k, v and up
         return e * (every - readers * shape.hidden) if e == 4 else e * every
-    aimed = shape.read(way.lora["targets"])
-    if not way.lora["dropout"] and (e == 4 or fused(way)):
-        aimed = list(dict(aimed).items())
-    kept = e * sum(width for _, width in aimed)
-    noise = 1 if way.device == "cuda" else e if fused(way) else 4  # a number in the dtype that is dropped
-    mask = noise * sum(width for _, width in aimed) if way.lora["dropout"] else 0
-    return kept + mask + way.lora["r"] * e * len(aimed)
+    aimed, dropout = shape.read(way.lora["targets"]), way.lora["dropout"]
+    widths = sum(width for _, width in aimed)
+    low = way.lora["r"] * e * len(aimed)
+    if fused(way) or (e == 4 and not dropout):
+        once = sum(dict(aimed).values())
+        return e * once + (1 if way.device == "cuda" else 8 * dropout) * widths * bool(dropout) + low
+    return e * widths + (1 if way.device == "cuda" else 4) * widths * bool(dropout) + low
 
 
 def _scores(shape: Shape, way: Way, length: int, e: int, math: bool) -> float:
@@ -231,7 +248,7 @@ def _scores(shape: Shape, way: Way, length: int, e: int, math: bool) -> float:
         return 12.0 * shape.heads * length
     if not shape.eager:
         return 4.0 * shape.heads + e * length
-    if shape.family == "gemma2" and way.device == "cpu" and (way.classes is not None or way.chunked):
+    if _tuned(shape, way):
         return e * shape.heads * float(length + min(length, QUERIES))
     copies = 4 + (e if e == 2 else 0) + (e if shape.softcap else 0)
     if shape.attention_dropout:
@@ -268,6 +285,8 @@ def activations(shape: Shape, way: Way, micro: Micro) -> float:
             passing += _merged(shape)
     else:  # PEFT's adapters compute in float32
         passing += tokens * shape.intermediate * 8.0
+    if _tuned(shape, way):  # of a block's gated MLP, five in float32
+        passing += 20.0 * min(tokens * shape.intermediate, NUMBERS)
     if way.load_in == "nf4":  # a layer is unpacked while it computes
         passing += 2.0 * max(i * o for _, i, o in shape.linears)
     if not way.checkpointing:
