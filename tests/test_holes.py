@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmkd.models.holes import drawn, places, zero_
+from llmkd.models.holes import drawn, places, without, zero_
 
 
 def fallen(count: int, p: float, times: int) -> np.ndarray:
@@ -58,9 +58,12 @@ def test_a_seed_gives_the_same_places() -> None:
     assert not torch.equal(first, drawn(torch.zeros(30, 40), 0.1))
 
 
-def test_places_and_a_mask_leave_the_same() -> None:
-    x = torch.randn(6, 5)
+@pytest.mark.parametrize("turned", [False, True])
+def test_places_and_a_mask_leave_the_same(turned: bool) -> None:
+    x = torch.randn(5, 6).T if turned else torch.randn(6, 5)
     mask = torch.rand(6, 5) < 0.4
-    by_mask, by_place = zero_(x.clone(), mask), zero_(x.clone(), mask.flatten().nonzero().flatten())
-    assert torch.equal(by_mask, x * ~mask)
-    assert torch.equal(by_place, by_mask)
+    expected, before = x * ~mask, x.clone()
+    for holes in (mask, mask.flatten().nonzero().flatten()):
+        assert torch.equal(without(x, holes), expected)
+        assert torch.equal(zero_(x.contiguous().clone(), holes), expected)
+    assert torch.equal(x, before)

@@ -203,6 +203,26 @@ def test_checkpointing_and_smaller_batches_save_activations() -> None:
     assert long > 1.2 * whole
 
 
+def test_blocks_and_chunks_are_those_that_compute() -> None:
+    from llmkd import chunked
+    from llmkd.models import blocks, passes
+
+    planned = memory.CHUNK, memory.QUERIES, memory.NUMBERS
+    assert planned == (chunked.CHUNK, blocks.QUERIES, passes.NUMBERS)
+
+
+def test_dropout_before_adapters_keeps_its_zeros_alone() -> None:
+    shape, lora = small("llama"), {**LORA, "dropout": 0.1}
+    widths = sum(width for _, width in shape.read("all-linear"))
+    saved = (
+        [memory.block_saved(shape, way(lora=one, device=device), 16) for one in (LORA, lora)]
+        for device in ("cpu", "cuda")
+    )
+    (plain, on_cpu), (_, on_cuda) = saved
+    assert on_cpu - plain == pytest.approx(0.8 * widths)
+    assert on_cuda - plain == widths
+
+
 def test_where_hidden_states_are_looked_at_the_last_layer_is_counted_whole() -> None:
     shape = small("llama", num_hidden_layers=4)
     short, whole, first = (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from llmkd.models.holes import drawn, zero_
+from llmkd.models.holes import drawn, without, zero_
 
 ADAPTER = "default"  # peft's name of the only adapter
 
@@ -43,7 +43,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, I)
         narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)  # (r, I), (O, r)
-        low = _dropped(rows, holes) @ narrow_a.T  # (N, r)
+        low = (rows if holes is None else without(rows, holes)) @ narrow_a.T  # (N, r)
         out = linear(rows, weight, bias).addmm_(low, narrow_b.T, alpha=scaling)  # (N, O)
         ctx.save_for_backward(rows, holes, weight, narrow_a, narrow_b, low)
         ctx.scaling, ctx.shape, ctx.wide = scaling, x.shape, a.dtype
@@ -54,8 +54,10 @@ class _LoraLinear(torch.autograd.Function):
         rows, holes, weight, a, b, low = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])  # (N, O)
         grad_low = (grad @ b).mul_(ctx.scaling)  # (N, r)
-        grad_a = (grad_low.T @ _dropped(rows, holes)).to(ctx.wide)
+        dropped = rows if holes is None else without(rows, holes)
+        grad_a = (grad_low.T @ dropped).to(ctx.wide)
         grad_b = (grad.T @ low).to(ctx.wide).mul_(ctx.scaling)
+        del dropped
         grad_x = None
         if ctx.needs_input_grad[0] and holes is None:
             grad_x = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)  # (N, I)
@@ -115,10 +117,6 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _MergedLinear.apply(x, base.weight, base.bias, a, b, scaling)  # type: ignore[no-any-return]
     holes = drawn(x, share) if share else None
     return _LoraLinear.apply(x, holes, base.weight, base.bias, a, b, scaling / (1 - share))  # type: ignore[no-any-return]
-
-
-def _dropped(rows: Tensor, holes: Tensor | None) -> Tensor:
-    return rows if holes is None else zero_(rows.clone(memory_format=torch.contiguous_format), holes)
 
 
 def _merging_pays(x: Tensor, weight: Tensor, a: Tensor) -> bool:
