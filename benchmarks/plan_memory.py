@@ -5,7 +5,8 @@
 
 Each case is a training of two steps by `llmkd.train.fit` under torch's profiler, which sees every allocation
 of a tensor, also inside a kernel. The peak is the highest sum of allocations not yet freed, beside the
-weights; it does not depend on how busy the machine is. Models have random weights and some 13M parameters.
+weights; it does not depend on how busy the machine is. On one thread: each further one holds blocks of its
+own. Models have random weights and some 13M parameters.
 """
 
 from __future__ import annotations
@@ -232,11 +233,14 @@ def peak(watched: Any) -> float:
 
 
 def main() -> None:
+    import torch
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", nargs="?", default="", help="a part of the cases' names")
     wanted = parser.parse_args().name
+    torch.set_num_threads(1)
     print("| training | measured, MB | planned, MB | planned / measured |\n|---|---|---|---|")
     for name, asked in cases().items():
         if wanted in name:

@@ -51,7 +51,7 @@ def test_views_that_share_row_groups_do_not_mix(tmp_path: Path, counted: bool, v
     ids, values = [f"r{n}" for n in range(len(views))], np.arange(3.0 * len(views), dtype=np.float32)
     columns = [pa.array(ids), pa.array(views), pa.FixedSizeListArray.from_arrays(values, 3)]
     table = pa.table(columns, logits.COLUMNS).replace_schema_metadata({"labels": json.dumps(LABELS)})
-    pq.write_table(table, tmp_path / "c", row_group_size=2, write_statistics=counted)
+    pq.write_table(table, tmp_path / "c", row_group_size=3, write_statistics=counted)
     rows = [n for n, one in enumerate(views) if one == view]
     found = logits.read(tmp_path / "c", view, [ids[n] for n in rows], labels=LABELS)
     np.testing.assert_array_equal(found, values.reshape(-1, 3)[rows])

@@ -9,6 +9,7 @@ from alike import assert_alike, logits_and_gradients, rows
 from tiny import classifier
 from torch import Tensor, nn
 
+from llmkd.errors import ModelError
 from llmkd.models import lora_linear
 from llmkd.models.lora import add_lora
 from llmkd.models.lora_linear import fuse
@@ -93,20 +94,37 @@ def test_a_merged_layer_is_as_exact_as_peft_s() -> None:
     assert (ours - right).norm() <= 1.2 * (theirs - right).norm()
 
 
-def test_a_hook_on_a_part_is_called() -> None:
+@pytest.mark.parametrize("part", ["lora_A", "lora_dropout"])
+def test_a_hook_on_a_part_is_called(part: str) -> None:
     fused, usual = adapted()
     seen: list[Tensor] = []
     for module in fused.modules():
         if hasattr(module, "lora_A"):
-            module.lora_A["default"].register_forward_hook(lambda one, given, out: seen.append(out))
+            getattr(module, part)["default"].register_forward_hook(lambda one, given, out: seen.append(out))
     assert_alike(fused, usual, "fp32", 1e-5)
     assert len(seen) == 14
 
 
-class Falling(nn.Module):
-    """Dropout of every seventh entry."""
+def test_another_dropout_draws_for_itself() -> None:
+    fused, usual = adapted(dropout=SHARE)
+    for model in (fused, usual):
+        for module in model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout["default"] = Falling(SHARE)
+    assert_alike(fused.train(), usual.train(), "fp32", 1e-5)
 
-    p = 0.25
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_a_dropout_that_leaves_nothing_is_refused(dropout: float) -> None:
+    with pytest.raises(ModelError, match=f"dropout={dropout} before the adapters"):
+        add_lora(classifier("llama"), r=4, alpha=8, dropout=dropout)
+
+
+SHARE = 0.25
+
+
+class Falling(nn.Dropout):
+    """Of every seventh entry."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten().index_fill(0, sevenths(x, self.p), 0).view_as(x) / (1 - self.p)
@@ -119,7 +137,7 @@ def sevenths(x: Tensor, p: float) -> Tensor:
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_fused_layer_drops_as_peft_does(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
     """masked: as elsewhere than on a CPU."""
-    fused, usual = adapted(dropout=Falling.p)
+    fused, usual = adapted(dropout=SHARE)
 
     def holes(x: Tensor, p: float) -> Tensor:
         mask = torch.zeros(x.numel(), dtype=torch.bool).index_fill(0, sevenths(x, p), True)
@@ -128,7 +146,7 @@ def test_a_fused_layer_drops_as_peft_does(monkeypatch: pytest.MonkeyPatch, maske
     monkeypatch.setattr(lora_linear, "drawn", holes)
     for module in usual.modules():
         if hasattr(module, "lora_dropout"):
-            module.lora_dropout["default"] = Falling()
+            module.lora_dropout["default"] = Falling(SHARE)
     assert_alike(fused.train(), usual.train(), "fp32", 1e-5)
     fused.zero_grad()
     assert_alike(fused.eval(), adapted()[1], "fp32", 1e-5)

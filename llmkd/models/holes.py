@@ -48,8 +48,8 @@ def places(count: int, p: float) -> Tensor:
     while last < count - 1:
         expected = (count - last) * p
         many = math.ceil(expected + 4 * math.sqrt(expected)) + 8  # seldom too few
-        others = torch.rand(many, dtype=torch.float32).neg_().log1p_().div_(math.log1p(-p)).long()
-        parts.append(others.add_(1).cumsum(0).add_(last))
+        others = torch.rand(many, dtype=torch.float32).neg_().log1p_().div_(math.log1p(-p)).clamp_(max=count)
+        parts.append(others.long().add_(1).cumsum(0).add_(last))
         last = int(parts[-1][-1])
     found = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
     return found[: int(torch.searchsorted(found, count))]

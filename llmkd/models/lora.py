@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkd import ranks
+from llmkd.errors import ModelError
 from llmkd.models.lora_linear import fuse
 
 if TYPE_CHECKING:
@@ -44,8 +45,10 @@ def add_lora(
     """Freeze a sequence classifier (or a causal LM) and add LoRA beside its linear layers.
 
     Hu et al. 2021, arXiv 2106.09685. A classifier's head modules are trained in full, and like the
-    adapter in float32 whatever the base is held in.
+    adapter in float32 whatever the base is held in. Raises ModelError where dropout leaves no input.
     """
+    if not 0 <= dropout < 1:
+        raise ModelError(f"dropout={dropout} before the adapters: take one from 0 to below 1")
     from peft import LoraConfig, TaskType, get_peft_model
 
     heads = [] if causal else head_modules(model)

@@ -112,7 +112,7 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     base, dropout = layer.base_layer, layer.lora_dropout[ADAPTER]
     x = x.to(base.weight.dtype)
     a, b, scaling = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
-    share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    share = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
     if not share and _merging_pays(x, base.weight, a):
         return _MergedLinear.apply(x, base.weight, base.bias, a, b, scaling)  # type: ignore[no-any-return]
     holes = drawn(x, share) if share else None
@@ -136,9 +136,12 @@ def _is_plain(layer: Any, x: Tensor) -> bool:
         or layer.merged
     ):
         return False
+    dropout = layer.lora_dropout[ADAPTER]
+    if type(dropout) not in (nn.Dropout, nn.Identity):  # as peft has it; another's draws are its own
+        return False
     weight, device = layer.base_layer.weight, x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    parts = layer.base_layer, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    parts = layer.base_layer, dropout, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     # a hook wants its module called: ZeRO-3's, which gathers the weights by it, or one that looks on
     hooked = any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
     sharded = hasattr(weight, "ds_id")

@@ -167,9 +167,9 @@ def block_saved(shape: Shape, way: Way, length: int) -> float:
 
     H hidden, m intermediate, a = heads x head_dim, e bytes of the arithmetic (2 in bf16). Korthikanti's
     34 s b h + 5 a s^2 b (their equation 1) is the case of a GPT in 16 bits; here, term by term:
-    inputs of linear layers (`_inputs`); norms, `_norm`; a gated MLP 3 m e, or 2 where it is
-    this package's, GELU m e; queries, keys (repeated to all heads), values 3 a e; the result a e where no
-    linear layer keeps it; the scores where attention is a matrix, `_scores`; dropout's masks.
+    inputs of linear layers (`_inputs`); norms, `_norm`; a gated MLP 3 m e, or 2 where it is this package's,
+    GELU m e; queries, keys (repeated to all heads), values 3 a e; the result a e where no linear layer keeps
+    it; the scores where attention is a matrix, `_scores`; dropout's masks.
     """
     e = 2 if way.precision == "bf16" else 4
     h, m, a = shape.hidden, shape.intermediate, shape.attention
@@ -183,7 +183,8 @@ def block_saved(shape: Shape, way: Way, length: int) -> float:
     act = (2 if _tuned(shape, way) else 3 if shape.gated else 1) * m * e
     math = not shape.eager and way.device == "cpu" and shape.attention_dropout > 0
     attention = 3 * a * (4 if math else e) + _scores(shape, way, length, e, math)
-    if not shape.eager and not math and way.lora and not fused(way):
+    kept = way.lora and fused(way) and 1 in dict(shape.read(way.lora["targets"]))  # by the output projection
+    if not shape.eager and not math and way.lora and not kept:
         attention += a * e
     return _inputs(shape, way, e) + norms + act + attention
 

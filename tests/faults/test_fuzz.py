@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,30 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
     logits.write(path, {"oof": (IDS, values), "test": (IDS[:5], values[:5])}, teacher="t", labels=LABELS)
     return path
+
+
+FLIPS = """
+import sys
+from pathlib import Path
+from llmkd import logits
+from llmkd.errors import CacheError
+whole, path = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2])
+footer = int.from_bytes(whole[-8:-4], "little") + 8
+for at in range(len(whole) - footer, len(whole)):
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    try:
+        logits.read(path, "oof", [f"row{n}" for n in range(40)], labels=["a", "b", "tie"])
+    except CacheError:
+        refused = True
+print(refused)
+"""
+
+
+def test_no_byte_of_a_cache_s_footer_ends_the_process(cache: Path, tmp_path: Path) -> None:
+    """In a process of its own: Arrow answers some questions about a damaged file by abort()."""
+    command = [sys.executable, "-c", FLIPS, str(cache), str(tmp_path / "logits.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 @pytest.mark.parametrize("seed", range(300))
