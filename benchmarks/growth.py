@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from side import Found, Row, alone, clock, compare, in_turn, middle, parser
 
 LABELS = ["a", "b", "tie"]
@@ -139,6 +140,7 @@ def prepared(source: Path, folds: int) -> Any:
 
 def anonymous(work: Callable[[], Any], held: list[float]) -> Any:
     """What `work` gives; its peak of memory that is no disk's goes to `held`, MB over what there was."""
+    pa.default_memory_pool().release_unused()  # else what an earlier step left there is used again
     before, peaks, done = anonymous_now(), [0.0], threading.Event()
 
     def look() -> None:
@@ -163,7 +165,6 @@ def anonymous_now() -> float:
 
 def raw(path: Path, count: int, some: int = 1000) -> Path:
     """Raw labelled pairs of some 100 words, a few at a time: what making them took must not be had again."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     random = np.random.default_rng(0)
