@@ -6,8 +6,7 @@
 the time in training steps, clipping and optimizer, inference and GPTQ; overhead is the rest, from the start
 of the command to its end. --apart: each stage by itself, as `make evaluate` runs them. The goals: 5 % of a
 run of ten minutes, which is 30 s, and 45 s for the demo's seven stages. --clock cpu: the processes' own
-seconds.
---set distill.epochs=0.2 and the like leaves out compute, which hardly changes what else there is.
+seconds. --set distill.epochs=0.2 and the like leaves out compute, which hardly changes what else there is.
 """
 
 from __future__ import annotations
@@ -174,17 +173,17 @@ def hook() -> None:
         steps, train, quantize = (sys.modules.get(f"llmkd.{one}") for one in ("steps", "train", "quantize"))
         if hasattr(steps, "StepTrainer") and "steps" not in done:
             done.add("steps")
-            step = clocked("compute", steps.StepTrainer.training_step)  # type: ignore[union-attr]
+            trainer: Any = steps.StepTrainer  # type: ignore[union-attr]
             optimizer = sys.modules["accelerate.optimizer"].AcceleratedOptimizer
-            optimizer.step = clocked("compute", optimizer.step)
-            clip = steps.StepTrainer._clip_grad_norm  # type: ignore[union-attr]
-            steps.StepTrainer._clip_grad_norm = clocked("compute", clip)  # type: ignore[union-attr]
+            step = clocked("compute", trainer.training_step)
+            for owner, method in ((trainer, "_clip_grad_norm"), (optimizer, "step")):
+                setattr(owner, method, clocked("compute", getattr(owner, method)))
 
             def first(*args: Any, **more: Any) -> Any:
                 spent.setdefault("first step", now() - starts[-1])
                 return step(*args, **more)
 
-            steps.StepTrainer.training_step = first  # type: ignore[union-attr]
+            trainer.training_step = first
         for module, function in ((train, "predict"), (quantize, "quantize_gptq")):
             if hasattr(module, function) and function not in done:
                 done.add(function)

@@ -139,11 +139,11 @@ def test_a_fused_layer_drops_as_peft_does(monkeypatch: pytest.MonkeyPatch, maske
     """masked: as elsewhere than on a CPU."""
     fused, usual = adapted(dropout=SHARE)
 
-    def holes(x: Tensor, p: float) -> Tensor:
+    def fixed(x: Tensor, p: float) -> Tensor:
         mask = torch.zeros(x.numel(), dtype=torch.bool).index_fill(0, sevenths(x, p), True)
         return mask.view_as(x) if masked else sevenths(x, p)
 
-    monkeypatch.setattr(lora_linear, "drawn", holes)
+    monkeypatch.setattr(lora_linear, "drawn", fixed)
     for module in usual.modules():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["default"] = Falling(SHARE)
@@ -161,13 +161,13 @@ def test_gradients_of_a_layer_with_dropout(first: bool, masked: bool) -> None:
     x = x.mT.contiguous().mT.detach().requires_grad_(not first)  # of a layout of its own
     learns = [a.requires_grad_(), b.requires_grad_(), *([] if first else [x])]
     mask = torch.rand(2, 3, 6, generator=draw) < 0.4
-    holes = mask if masked else mask.flatten().nonzero().flatten()
+    dropped = mask if masked else mask.flatten().nonzero().flatten()
 
-    def dropped(*_: Tensor) -> Any:
-        return lora_linear._LoraLinear.apply(x, holes, weight, bias, a, b, 0.7)
+    def output(*_: Tensor) -> Any:
+        return lora_linear._LoraLinear.apply(x, dropped, weight, bias, a, b, 0.7)
 
-    torch.testing.assert_close(dropped(), x @ weight.T + 0.7 * (x * ~mask) @ a.T @ b.T + bias)
-    assert torch.autograd.gradcheck(dropped, learns)
+    torch.testing.assert_close(output(), x @ weight.T + 0.7 * (x * ~mask) @ a.T @ b.T + bias)
+    assert torch.autograd.gradcheck(output, learns)
 
 
 def test_what_falls_is_drawn_anew_and_again_with_the_seed() -> None:

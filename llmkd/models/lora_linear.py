@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from llmkd.models.holes import drawn, without, zero_
+from llmkd.models.dropout import drawn, without, zero_
 
 ADAPTER = "default"  # peft's name of the only adapter
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x Wᵀ + c + s (d Aᵀ) Bᵀ, W and c frozen, d = x with zeros in its holes (Hu et al. 2021, arXiv
-    2106.09685).
+    """x Wᵀ + c + s (d Aᵀ) Bᵀ, W and c frozen, d = x less what is dropped (Hu et al. 2021, arXiv 2106.09685).
 
     Dropout's factor 1 / (1 - p) is the caller's, in s. d is made anew for the gradient: kept, it would be a
     second x for each layer that reads x.
@@ -34,7 +33,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        holes: Tensor | None,
+        dropped: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         a: Tensor,
@@ -43,26 +42,26 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, I)
         narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)  # (r, I), (O, r)
-        low = (rows if holes is None else without(rows, holes)) @ narrow_a.T  # (N, r)
+        low = (rows if dropped is None else without(rows, dropped)) @ narrow_a.T  # (N, r)
         out = linear(rows, weight, bias).addmm_(low, narrow_b.T, alpha=scaling)  # (N, O)
-        ctx.save_for_backward(rows, holes, weight, narrow_a, narrow_b, low)
+        ctx.save_for_backward(rows, dropped, weight, narrow_a, narrow_b, low)
         ctx.scaling, ctx.shape, ctx.wide = scaling, x.shape, a.dtype
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        rows, holes, weight, a, b, low = ctx.saved_tensors
+        rows, dropped, weight, a, b, low = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])  # (N, O)
         grad_low = (grad @ b).mul_(ctx.scaling)  # (N, r)
-        dropped = rows if holes is None else without(rows, holes)
-        grad_a = (grad_low.T @ dropped).to(ctx.wide)
+        seen = rows if dropped is None else without(rows, dropped)  # (N, I)
+        grad_a = (grad_low.T @ seen).to(ctx.wide)
         grad_b = (grad.T @ low).to(ctx.wide).mul_(ctx.scaling)
-        del dropped
+        del seen
         grad_x = None
-        if ctx.needs_input_grad[0] and holes is None:
+        if ctx.needs_input_grad[0] and dropped is None:
             grad_x = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)  # (N, I)
         elif ctx.needs_input_grad[0]:
-            grad_x = zero_(grad_low @ a, holes).addmm_(grad, weight).view(ctx.shape)
+            grad_x = zero_(grad_low @ a, dropped).addmm_(grad, weight).view(ctx.shape)
         return grad_x, None, None, None, grad_a, grad_b, None
 
 
@@ -106,17 +105,17 @@ def fuse(model: nn.Module) -> None:
             module.forward = partial(_forward, module)
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if args or kwargs or not _is_plain(layer, x):
-        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[no-any-return]
+        return type(layer).forward(layer, x, *args, **kwargs)
     base, dropout = layer.base_layer, layer.lora_dropout[ADAPTER]
     x = x.to(base.weight.dtype)
     a, b, scaling = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
     share = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
     if not share and _merging_pays(x, base.weight, a):
-        return _MergedLinear.apply(x, base.weight, base.bias, a, b, scaling)  # type: ignore[no-any-return]
-    holes = drawn(x, share) if share else None
-    return _LoraLinear.apply(x, holes, base.weight, base.bias, a, b, scaling / (1 - share))  # type: ignore[no-any-return]
+        return _MergedLinear.apply(x, base.weight, base.bias, a, b, scaling)
+    dropped = drawn(x, share) if share else None
+    return _LoraLinear.apply(x, dropped, base.weight, base.bias, a, b, scaling / (1 - share))
 
 
 def _merging_pays(x: Tensor, weight: Tensor, a: Tensor) -> bool:

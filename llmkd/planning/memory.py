@@ -233,12 +233,11 @@ def _inputs(shape: Shape, way: Way, e: int) -> float:
         readers = 2 + shape.gated  # that read what q, or the gate, has read: k, v and up
         return e * (every - readers * shape.hidden) if e == 4 else e * every
     aimed, dropout = shape.read(way.lora["targets"]), way.lora["dropout"]
-    widths = sum(width for _, width in aimed)
-    low = way.lora["r"] * e * len(aimed)
-    if fused(way) or (e == 4 and not dropout):
-        once = sum(dict(aimed).values())
-        return e * once + (1 if way.device == "cuda" else 8 * dropout) * widths * bool(dropout) + low
-    return e * widths + (1 if way.device == "cuda" else 4) * widths * bool(dropout) + low
+    widths, low = sum(width for _, width in aimed), way.lora["r"] * e * len(aimed)
+    apart = not fused(way) and (e == 2 or dropout)
+    kept = e * (widths if apart else sum(dict(aimed).values()))
+    entry = 1 if way.device == "cuda" else 4 if apart else 8 * dropout
+    return kept + low + entry * widths * bool(dropout)
 
 
 def _scores(shape: Shape, way: Way, length: int, e: int, math: bool) -> float:

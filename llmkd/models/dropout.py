@@ -22,18 +22,18 @@ def drawn(x: Tensor, p: float) -> Tensor:
     return places(x.numel(), p)
 
 
-def without(x: Tensor, holes: Tensor) -> Tensor:
-    """x with zeros in its holes."""
-    if holes.dtype == torch.bool:
-        return x.masked_fill(holes.reshape(x.shape), 0)
-    return x.reshape(-1).index_fill(0, holes, 0).view(x.shape)
+def without(x: Tensor, dropped: Tensor) -> Tensor:
+    """x with zeros where they fell."""
+    if dropped.dtype == torch.bool:
+        return x.masked_fill(dropped.reshape(x.shape), 0)
+    return x.reshape(-1).index_fill(0, dropped, 0).view(x.shape)
 
 
-def zero_(x: Tensor, holes: Tensor) -> Tensor:
+def zero_(x: Tensor, dropped: Tensor) -> Tensor:
     """The same in place; x is contiguous."""
-    if holes.dtype == torch.bool:
-        return x.masked_fill_(holes.reshape(x.shape), 0)
-    x.view(-1).index_fill_(0, holes, 0)
+    if dropped.dtype == torch.bool:
+        return x.masked_fill_(dropped.reshape(x.shape), 0)
+    x.view(-1).index_fill_(0, dropped, 0)
     return x
 
 

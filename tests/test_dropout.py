@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmkd.models.holes import drawn, places, without, zero_
+from llmkd.models.dropout import drawn, places, without, zero_
 
 
 def fallen(count: int, p: float, times: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def test_places_rise_and_lie_inside(count: int, p: float) -> None:
 
 
 def test_draws_go_on_where_they_were_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmkd.models.holes.math.ceil", lambda expected: -7)  # one at a time
+    monkeypatch.setattr("llmkd.models.dropout.math.ceil", lambda expected: -7)  # one at a time
     assert fallen(300, 0.3, 200).mean() == pytest.approx(0.3, abs=0.02)
 
 
@@ -64,7 +64,7 @@ def test_places_and_a_mask_leave_the_same(turned: bool) -> None:
     x = torch.randn(5, 6).T if turned else torch.randn(6, 5)
     mask = torch.rand(6, 5) < 0.4
     expected, before = x * ~mask, x.clone()
-    for holes in (mask, mask.flatten().nonzero().flatten()):
-        assert torch.equal(without(x, holes), expected)
-        assert torch.equal(zero_(x.contiguous().clone(), holes), expected)
+    for dropped in (mask, mask.flatten().nonzero().flatten()):
+        assert torch.equal(without(x, dropped), expected)
+        assert torch.equal(zero_(x.contiguous().clone(), dropped), expected)
     assert torch.equal(x, before)
