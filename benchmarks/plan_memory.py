@@ -111,8 +111,9 @@ def planned(asked: dict[str, Any]) -> float:
     """Bytes, by the memory model, on a CPU."""
     from llmkd.planning import memory
     from llmkd.planning.shapes import from_config
+    from llmkd.planning.way import Way, held, trained
 
-    way = memory.Way(
+    way = Way(
         asked["load_in"],
         asked["lora"],
         asked["precision"],
@@ -124,7 +125,7 @@ def planned(asked: dict[str, Any]) -> float:
     shape, micro = from_config(asked["config"]), (asked["rows"], asked["length"])
     teacher = 0.0  # of its own kind, as `llmkd.planning.stages.company` counts it
     if asked["method"] == "feature":
-        teacher = memory.held(shape, way) + 4.0 * bool(way.lora) * memory.trained(shape, way)
+        teacher = held(shape, way) + 4.0 * bool(way.lora) * trained(shape, way)
     return memory.training(shape, way, [micro], asked["micros"] > 1, beside=teacher)["peak"]
 
 
@@ -183,7 +184,7 @@ def learning(asked: dict[str, Any], source: str) -> Any:
     """What the student learns by: exits at three depths, or the states of a teacher like itself."""
     from llmkd.methods.cached import Cached
     from llmkd.methods.feature import Feature
-    from llmkd.methods.next_token import NextToken
+    from llmkd.methods.next_token import next_token
     from llmkd.methods.self_distillation import SelfDistillation
     from llmkd.objective import HARD
 
@@ -193,7 +194,7 @@ def learning(asked: dict[str, Any], source: str) -> Any:
     if asked["method"] == "feature":
         teachers = {"teacher": loaded(asked, source)}
         return Feature(model, HARD, teachers, [("teacher", 4, 4)], precision=precision)
-    return NextToken(model, precision) if asked["causal"] else Cached(model, HARD, precision)
+    return next_token(model, precision) if asked["causal"] else Cached(model, HARD, precision)
 
 
 def loaded(asked: dict[str, Any], source: str) -> Any:

@@ -117,8 +117,10 @@ def fitted(
     rows = crossfit.learning_rows(table, fold, count, ["train"], soft=False)
     found = weights.fit(held[rows], crossfit.training_labels(table)[rows])
     if examples.teacher_logits is not None:
-        scaled = examples.teacher_logits / np.asarray(found.temperatures)[None, :, None]
-        examples = replace(examples, teacher_logits=scaled.astype(np.float32))
+        scaled = np.empty_like(examples.teacher_logits)
+        for t, temperature in enumerate(found.temperatures):
+            scaled[:, t] = examples.teacher_logits[:, t] / np.float64(temperature)  # rounded once
+        examples = replace(examples, teacher_logits=scaled)
     shares = found.weights * len(names)  # as much in all as weights of 1
     facts = {
         "teacher_weights": dict(zip(names, map(float, found.weights), strict=True)),

@@ -190,10 +190,13 @@ class Steps:
     ) -> None:
         self.examples, self.rows, self.step_rows = examples, rows, step_rows
         self.max_tokens, self.seed, self.rank, self.ranks = max_tokens, seed, rank, ranks
+        self.epoch = -1
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        lengths = self.examples.lengths
+        if epoch == self.epoch:  # the Trainer says it again before it begins
+            return
+        self.epoch, lengths = epoch, self.examples.lengths
         self.steps = epoch_steps(self.rows, lengths, self.step_rows, self.max_tokens, self.seed, epoch)
 
     def __len__(self) -> int:

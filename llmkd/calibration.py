@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from llmkd.evaluate import Logits, Probabilities, scores, softmax
 from llmkd.judging import on_view
 
-LIMITS = (0.01, 100.0)  # logits that part the rows without a mistake would have T = 0
+LIMITS = (0.01, 100.0)
 CHANCE = (
     3.84  # twice the log-likelihood's gain, if T = 1, is above it in 5 % of all fits (chi-square, 1 degree)
 )
@@ -44,10 +44,12 @@ def calibrate(table: pa.Table, files: Sequence[Path], labels: Sequence[str]) -> 
     """The temperature of a student's folds: {"temperature", "fitted", "rows", "oof": `effect`}.
 
     From their logits caches, one file a fold: each labelled training row in its given order, by the fold
-    that did not see it, though it chose its checkpoint by them, which flatters it a little. It is the folds'
-    temperature: their merged model, which uses it, has seen all of these rows and need not have the same.
+    that did not see it, though it chose its checkpoint by them, which flatters it a little, and so do
+    teachers of the view `oof`, which had seen these rows. It is the folds' temperature: their merged model,
+    which uses it, has seen all of these rows and need not have the same.
     A fit that is no better than T = 1 beyond chance (likelihood ratio) is told as "fitted", and the
-    temperature is None. One fold leaves no such rows: then it is None too, and there is no "oof".
+    temperature is None. So it is where there is nothing to fit: rows without a mistake, whose likelihood
+    has no maximum (any lower T is better), or no rows, as one fold leaves; then there is no "oof".
     """
     none: dict[str, Any] = {"temperature": None, "rows": 0}
     if len(files) == 1:
@@ -57,7 +59,10 @@ def calibrate(table: pa.Table, files: Sequence[Path], labels: Sequence[str]) -> 
     known, found = truth >= 0, np.concatenate(logits)  # (N, C)
     if not known.any():
         return none
-    fitted, count = fit_temperature(found[known], truth[known]), int(known.sum())
+    count = int(known.sum())
+    if (found[known].argmax(-1) == truth[known]).all():
+        return {**none, "rows": count}
+    fitted = fit_temperature(found[known], truth[known])
     changed = effect(softmax(found), softmax(found / fitted), truth)
     gain = 2 * count * (changed["log_loss_before"] - changed["log_loss_after"])
     return {

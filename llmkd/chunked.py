@@ -8,22 +8,21 @@ So backward has nothing to compute again, and a pass costs the same matrix produ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmkd.closed_form import Room, Teacher, closed_form, room
 from llmkd.errors import ModelError
 from llmkd.models.head import Head
 from llmkd.objective import Objective
-from llmkd.sparse import Sparse, sparse_objective
+from llmkd.sparse import Sparse
 
 CHUNK = 128  # tokens: enough for a matrix product at full speed, 66 MB of bf16 logits at 256,000 words
-WIDE = 2**20  # numbers of a CPU's passes over logits: a few tokens' words, which stay in its cache (GPU: 4 x)
+FEW = 2**22  # logits of a chunk where words are few, so that it holds more tokens
 TALL = 2**22  # numbers of a sum's part that a CPU makes at once where it is rounded first; a GPU: 16 x
 
-Teacher = tuple[Tensor, Head] | Sparse  # hidden states (N, H_t) and what makes logits of them, or a cache's
 Found = tuple[Tensor, dict[str, Tensor], Any]  # losses (n,), parts, d losses / d raw logits (n, V) or None
 
 
@@ -35,15 +34,16 @@ def chunked_loss(
     teachers: Sequence[Teacher] = (),
     *,
     weights: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss (N,) of each token and its unweighted parts {name: (N,)}, as `objective` defines them.
 
     hidden (N, H): the student's, at the positions that predict a target; targets (N,) int64.
-    teachers: in the objective's order; all online, or all from a cache (`sparse_objective`).
+    teachers: in the objective's order; all online, or all from a cache (terms ce and kl, fixed weights).
     weights (N,): the tokens' shares of the final loss, up to one factor; all alike by default. They only
     save time: where the loss turns out to weigh them otherwise, the head's gradient is computed anew
     (under ZeRO-3, which by then has cut the heads up again, that is refused with a ModelError).
+    chunk: tokens at a time, by default `tokens_at_once`.
     Gradients flow to `hidden` and to the head's weight where they require it, to teachers never.
     Raises ModelError where vocabularies differ.
     """
@@ -58,9 +58,14 @@ def chunked_loss(
     teachers = [t if isinstance(t, Sparse) else (t[0], t[1].to(t[0].dtype)) for t in teachers]
     names: list[str] = []
     grows = torch.is_grad_enabled()
-    more = (head, targets, objective, teachers, weights, chunk, names, grows)
+    more = (head, targets, objective, teachers, weights, chunk or tokens_at_once(head.size), names, grows)
     found = _Chunked.apply(hidden, head.weight, *more)
     return found[0], dict(zip(names, found[1:], strict=True))
+
+
+def tokens_at_once(words: int) -> int:
+    """Enough for a matrix product at full speed, and no more than their logits' memory is worth."""
+    return max(CHUNK, FEW // words)
 
 
 def _check_vocabularies(head: Head, targets: Tensor, teachers: Sequence[Head]) -> None:
@@ -83,9 +88,9 @@ class _Chunked(torch.autograd.Function):
         of_hidden, of_weight = (grows and need for need in ctx.needs_input_grad[:2])
         ctx.by_hidden = torch.empty_like(hidden) if of_hidden else None  # (N, H)
         ctx.by_weight = _zeros(weight) if of_weight else None  # (V, H)
-        kept, room = [], _room(hidden, head, objective, teachers, chunk)
+        kept, shared = [], room(hidden, head, objective, teachers, chunk)
         for rows in _chunks(len(hidden), chunk):
-            found = _chunk(hidden[rows], head, targets[rows], objective, _cut(teachers, rows), grows, room)
+            found = _chunk(hidden[rows], head, targets[rows], objective, _cut(teachers, rows), grows, shared)
             losses, parts, grad = found
             names[:] = list(parts)
             kept.append((losses, *parts.values()))
@@ -118,7 +123,8 @@ def _head_gradient(ctx: Any, above: Tensor) -> Tensor:
     if made is None:
         raise RuntimeError("a second backward through chunked_loss; call it again")
     promised = promised.to(above.dtype)
-    factor = (above @ promised) / (promised @ promised)
+    wide = promised.double()  # a sum over thousands of tokens, held against one of them
+    factor = ((above.double() @ wide) / (wide @ wide)).to(above.dtype)
     if torch.allclose(above, factor * promised, rtol=1e-6, atol=0):
         return made.mul_(factor).to(weight.dtype)  # type: ignore[no-any-return]
     head, targets, objective, teachers, chunk = ctx.more
@@ -126,9 +132,9 @@ def _head_gradient(ctx: Any, above: Tensor) -> Tensor:
     if any(len(one.weight) < one.size for one in (head, *others)):
         raise ModelError("tokens weigh otherwise than promised, and ZeRO-3 has cut the heads up by now")
     made.zero_()
-    room = _room(hidden, head, objective, teachers, chunk)
+    shared = room(hidden, head, objective, teachers, chunk)
     for rows in _chunks(len(hidden), chunk):
-        found = _chunk(hidden[rows], head, targets[rows], objective, _cut(teachers, rows), True, room)
+        found = _chunk(hidden[rows], head, targets[rows], objective, _cut(teachers, rows), True, shared)
         _add(made, found[2].mul_(above[rows, None]), hidden[rows])
     return made.to(weight.dtype)  # type: ignore[no-any-return]
 
@@ -140,20 +146,15 @@ def _chunk(
     objective: Objective,
     teachers: list[Teacher],
     grows: bool,
-    room: _Room | None,
+    shared: Room | None,
 ) -> Found:
-    if room:
-        found = _closed_form(hidden, head, targets, objective, teachers, room)
+    if shared:
+        found = closed_form(hidden, head, targets, objective, teachers, shared)
         return found[0], found[1], found[2] if grows else None
     raw = head.raw(hidden)  # (n, V)
     with torch.set_grad_enabled(grows):
         raw.requires_grad_(grows)
-        logits = head.cap(raw)
-        if teachers and isinstance(teachers[0], Sparse):
-            losses, parts = sparse_objective(objective, logits, targets, teachers)  # type: ignore[arg-type]
-        else:
-            losses, parts = objective(logits, targets, _stacked(teachers))
-        del logits
+        losses, parts = objective(head.cap(raw), targets, _stacked(teachers))
         grad = torch.autograd.grad(losses.sum(), raw)[0] if grows else None
     return losses.detach(), {name: part.detach() for name, part in parts.items()}, grad
 
@@ -164,104 +165,6 @@ def _stacked(teachers: list[Teacher]) -> Tensor | None:
     if len(logits) < 2:
         return logits[0][:, None] if logits else None
     return torch.stack(logits, 1)
-
-
-@dataclass(frozen=True)
-class _Room:
-    """Memory that all chunks share: fresh pages for every step would cost a CPU as much as the arithmetic."""
-
-    raw: list[Tensor]  # (chunk, V) each, in the dtype to compute in: the student's logits, each teacher's
-    passes: list[Tensor]  # four of (b, V), float32 at least
-
-
-def _closed_form(
-    hidden: Tensor,
-    head: Head,
-    targets: Tensor,
-    objective: Objective,
-    teachers: list[Teacher],
-    room: _Room,
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """ce and kl of n tokens, and their gradient (n, V), which stands where the student's logits were."""
-    both = [(hidden, head), *(one for one in teachers if not isinstance(one, Sparse))]
-    raw = [_product(*one, out) for one, out in zip(both, room.raw, strict=False)]
-    caps = [one.softcap for _, one in both]
-    found = [
-        _pass([one[rows] for one in raw], caps, targets[rows], objective, room.passes)
-        for rows in _chunks(len(hidden), len(room.passes[0]))
-    ]
-    parts = {name: torch.cat([one[1][name] for one in found]) for name in found[0][1]}
-    return torch.cat([losses for losses, _ in found]), parts, raw[0]
-
-
-def _pass(
-    raw: list[Tensor],
-    caps: Sequence[float | None],
-    targets: Tensor,
-    objective: Objective,
-    room: list[Tensor],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (b,) and parts of a few tokens. raw (b, V): the student's logits, which become the gradient,
-    w_ce (softmax(z) - 1[target]) + Σ_i w_i T_i (q_i - p_i), and those of the teachers."""
-    z, grad, a, p = (buffer[: len(targets)] for buffer in room)
-    _capped(raw[0], caps[0], z)
-    grad.zero_()
-    parts: dict[str, Tensor] = {}
-    loss = z.new_zeros(len(z))
-    if "ce" in objective.terms:
-        torch.softmax(z, -1, out=grad)
-        parts["ce"] = _log_sum(z, grad) - z.gather(-1, targets[:, None])[:, 0]
-        loss += objective.terms["ce"] * parts["ce"]
-        grad.scatter_add_(-1, targets[:, None], grad.new_full((len(z), 1), -1)).mul_(objective.terms["ce"])
-    soft = objective.terms.get("kl", 0.0)
-    named = zip(objective.teachers, objective.teacher_weights, objective.temperatures, strict=True)
-    for (name, weight, t), teacher, cap in zip(named, raw[1:], caps[1:], strict=False):
-        _capped(teacher, cap, a).div_(t)
-        torch.softmax(a, -1, out=p)
-        log_sums = _log_sum(a, p)  # (b,)
-        a.sub_(z, alpha=1 / t)
-        gap = (p[:, None] @ a[..., None]).flatten()  # Σ p (a - z / T), row by row
-        grad.sub_(p, alpha=soft * weight * t)
-        torch.div(z, t, out=a)
-        q = torch.softmax(a, -1, out=p)
-        grad.add_(q, alpha=soft * weight * t)
-        parts[f"kl/{name}"] = t**2 * (gap - log_sums + _log_sum(a, q))
-        loss += soft * weight * parts[f"kl/{name}"]
-    if caps[0] is not None:
-        grad.mul_(z.div_(caps[0]).square_().neg_().add_(1))
-    raw[0].copy_(grad.div_(objective.total))
-    return loss / objective.total, parts
-
-
-def _product(hidden: Tensor, head: Head, out: Tensor) -> Tensor:
-    """`head.raw(hidden)`, (n, V), into `out`."""
-    return torch.mm(hidden, head.weight[: head.size].T, out=out[: len(hidden)])
-
-
-def _capped(raw: Tensor, softcap: float | None, out: Tensor) -> Tensor:
-    """`Head.cap` of raw logits (b, V) into `out`."""
-    out.copy_(raw)
-    return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
-
-
-def _log_sum(logits: Tensor, p: Tensor) -> Tensor:
-    """log Σ exp(logits), (n,), of logits whose softmax is p."""
-    return logits.amax(-1) - p.amax(-1).log()
-
-
-def _room(
-    hidden: Tensor, head: Head, objective: Objective, teachers: Sequence[Teacher], chunk: int
-) -> _Room | None:
-    """Where the closed form serves; else None."""
-    cached = any(isinstance(teacher, Sparse) for teacher in teachers)
-    if cached or not set(objective.terms) <= {"ce", "kl"} or objective.weighting != "fixed":
-        return None
-    rows, words = min(chunk, len(hidden)), head.size
-    heard = [one[0] for one in teachers if not isinstance(one, Sparse)] if "kl" in objective.terms else []
-    raw = [states.new_empty(rows, words) for states in (hidden, *heard)]
-    few = min(rows, max(1, (4 if hidden.is_cuda else 1) * WIDE // words))  # a GPU waits to be told
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return _Room(raw, [hidden.new_empty(few, words, dtype=wide) for _ in range(4)])
 
 
 def _chunks(count: int, chunk: int) -> list[slice]:

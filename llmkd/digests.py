@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ def file_entry(path: Path) -> dict[str, Any]:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
+def known_sha(path: Path) -> str:
+    """sha256 of one file; read once a process for as long as it does not change."""
+    return _sha_of(path, stamp(path))
+
+
+@cache
+def _sha_of(path: Path, _: tuple[int, ...]) -> str:
+    return str(file_entry(path)["sha256"])
+
+
 def differing(directory: Path, stage: str, files: Mapping[str, Entry]) -> list[str]:
     """Names of the files whose bytes are not their entry's. Only files that changed since they were last
     seen are read: changed is another size, time or inode."""
@@ -32,10 +43,10 @@ def differing(directory: Path, stage: str, files: Mapping[str, Entry]) -> list[s
     seen = _read(cache)
     now: dict[str, Any] = {}
     for name in files:
-        stamp = _stamp(directory / name)
+        mark = [*stamp(directory / name)]
         known = seen.get(name)
-        fresh = known == [stamp, files[name]["sha256"]]  # only good news is believed of a cache
-        now[name] = known if fresh else [stamp, file_entry(directory / name)["sha256"]]
+        fresh = known == [mark, files[name]["sha256"]]  # only good news is believed of a cache
+        now[name] = known if fresh else [mark, file_entry(directory / name)["sha256"]]
     if now != seen:
         _write(cache, now)
     return [name for name, entry in files.items() if now[name][1] != entry["sha256"]]
@@ -43,14 +54,14 @@ def differing(directory: Path, stage: str, files: Mapping[str, Entry]) -> list[s
 
 def remember(directory: Path, stage: str, files: Mapping[str, Entry]) -> None:
     """Note files whose digests were taken this moment, so that the next stage need not read them."""
-    now = {name: [_stamp(directory / name), entry["sha256"]] for name, entry in files.items()}
+    now = {name: [[*stamp(directory / name)], entry["sha256"]] for name, entry in files.items()}
     _write(_cache(directory, stage), now)
 
 
-def _stamp(path: Path) -> list[int]:
+def stamp(path: Path) -> tuple[int, ...]:
     """What no change of a file leaves as it was; ctime also tells of one that put the old mtime back."""
     found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 def _cache(directory: Path, stage: str) -> Path:

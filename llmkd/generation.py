@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmkd import ranks
 from llmkd.batches import Examples, Rows, sorted_batches
-from llmkd.chunked import CHUNK
+from llmkd.chunked import tokens_at_once
 from llmkd.errors import DataError, ModelError
 from llmkd.losses import ce, kl
 from llmkd.models.head import (
@@ -36,15 +36,18 @@ def evaluate_lm(
     vocab: int,
     teachers: Mapping[str, nn.Module] | None = None,
     precision: str = "fp32",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
+    timed: bool = True,
 ) -> dict[str, float]:
     """Means over all targets of `rows`, each counted once, whatever the ranks.
 
     {"nll", "perplexity", "tokens": the targets, "tokens_per_second": real tokens read by the model alone,
-    on this rank}, and for each teacher {"kl/name": KL(teacher || model), "agreement/name": the share of
-    targets whose top word is the teacher's}. In nats, at temperature 1, over the first `vocab` words.
+    on this rank; where `timed`, which costs one more forward}, and for each teacher {"kl/name": KL(teacher ||
+    model), "agreement/name": the share of targets whose top word is the teacher's}. In nats, at temperature
+    1, over the first `vocab` words.
     Raises DataError without rows, ModelError naming the row where a target's loss is not finite.
     """
+    chunk = chunk or tokens_at_once(vocab)
     if not len(rows):
         raise DataError("no rows to evaluate a language model on; check the test part")
     teachers = teachers or {}
@@ -54,7 +57,8 @@ def evaluate_lm(
     found: dict[int, dict[str, float]] = {}
     tokens, seconds = 0, 0.0
     with inference(model):
-        _sums(model, {}, examples, batches[-1], vocab, precision, chunk)  # the first forward is slow: untimed
+        if timed:  # the first forward is slow
+            _sums(model, {}, examples, batches[-1], vocab, precision, chunk)
         for number in mine:
             found[number], took = _sums(model, teachers, examples, batches[number], vocab, precision, chunk)
             tokens, seconds = tokens + int(examples.lengths[batches[number]].sum()), seconds + took
@@ -62,7 +66,7 @@ def evaluate_lm(
     totals = {name: math.fsum(sums[name] for sums in merged.values()) for name in found[mine[0]]}
     count = totals.pop("tokens")
     means = {name: total / count for name, total in totals.items()}
-    speed = {"tokens": count, "tokens_per_second": tokens / seconds}
+    speed = {"tokens": count, **({"tokens_per_second": tokens / seconds} if timed else {})}
     return {**means, "perplexity": math.exp(means["nll"]), **speed}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +41,18 @@ def _check_settings(config: Config, directory: Path, settings: dict[str, Any]) -
 
 def prepared(config: Config) -> tuple[pa.Table, list[str], str]:
     """Stage 00's rows, the label names and the digest of its directory."""
-    from llmkd import mapped
-
     directory = rows_directory(config)
     digest = run.digest(directory, command(config, PREPARE))  # before a byte of it is believed
-    table = mapped.table(directory / "rows.parquet")
+    table = _unpacked(directory, digest)
     return table, json.loads(table.schema.metadata[b"labels"]), digest
+
+
+@lru_cache(maxsize=1)
+def _unpacked(directory: Path, _: str) -> pa.Table:
+    """The rows, in a mapped file; a stage asks for them more than once."""
+    from llmkd import mapped
+
+    return mapped.table(directory / "rows.parquet")
 
 
 def checkpoint(model: Model) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmkd import logits, tasks
@@ -58,8 +59,8 @@ class TestRows:
     __test__ = False  # not a test case, whatever its name says to pytest
 
     def __init__(self, table: pa.Table, kind: str, classes: int) -> None:
-        self.table = table.filter(pa.array([part == "test" for part in table["part"].to_pylist()]))
-        swapped = np.asarray(self.table["swapped"].to_pylist(), dtype=bool)
+        self.table = table.filter(pc.equal(table["part"], "test"))
+        swapped = np.asarray(self.table["swapped"].to_numpy(), dtype=bool)
         self.given = np.flatnonzero(~swapped)
         stems = self.table["stem"].to_pylist()
         copies = {stems[row]: row for row in np.flatnonzero(swapped)}
@@ -147,6 +148,8 @@ def summary(metrics: Mapping[str, Any]) -> str:
             f"not calibrated: out of fold, on {calibration['rows']} rows, a temperature of "
             f"{calibration['fitted']:.4f} is no better than 1 beyond chance"
         )
+    elif calibration.get("rows"):
+        lines.append(f"not calibrated: out of fold, {calibration['rows']} rows were judged without a mistake")
     elif "rows" in calibration:  # of this run's own artifact
         lines.append("not calibrated: no labelled row is out of fold")
     if "bayes_log_loss" in metrics:

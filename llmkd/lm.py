@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from llmkd import crossfit, ranks, units
 from llmkd.assemble import objective_of
+from llmkd.folds import in_part
 from llmkd.inputs import base, prepared
 from llmkd.lm_rows import examples, fold_numbers
 from llmkd.loading import load_base
@@ -128,21 +129,25 @@ def write_cache(config: Config, which: Llm, recipe: units.Recipe) -> None:
             seed=config.seed,
         )
         if ranks.is_main():
-            beside.rename(unit.path / CACHE)
-            written = json.loads((unit.path / CACHE / MANIFEST).read_text(encoding="utf-8"))
+            unit.whole.append(CACHE)
+            written = json.loads((beside / MANIFEST).read_text(encoding="utf-8"))
             unit.metrics.update({name: written[name] for name in ("tokens", "bytes", "bytes_per_token")})
         unit.rows.update(counts)
     say(f"{recipe.directory}: {counts}, {layout.token_bytes} bytes a token")
 
 
 def open_caches(
-    config: Config, distill: Distill, names: Sequence[str], tokenizer: PreTrainedTokenizerBase, rows: Examples
+    config: Config,
+    distill: Distill,
+    names: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab: int,
+    rows: Examples,
 ) -> dict[str, Cache]:
     """The teachers' finished caches, each held against these rows and their tokens. Raises CacheError."""
     from llmkd.shards import cache_key, open_cache, row_digests
 
-    vocab, digests = vocabulary(config, tokenizer), row_digests(rows, np.arange(len(rows.ids)))
-    found = {}
+    found, digests = {}, row_digests(rows, np.arange(len(rows.ids)))
     for name in names:
         key = cache_key(layout_of(distill, name, vocab), name, tokenizer)
         directory = units.source(config, name, 0).directory / CACHE
@@ -179,14 +184,15 @@ def fits(
     weights = [distill.teacher_weights.get(name, 1.0) for name in names]
     objective = objective_of(distill, names, weights) if names else HARD
     online = [one for one in units.beside(config, which) if one.name in names]
+    vocab = vocabulary(config, tokenizer)
     if names and not online:
-        for name, cache in open_caches(config, distill, names, tokenizer, rows).items():
+        for name, cache in open_caches(config, distill, names, tokenizer, vocab, rows).items():
             rows = with_cache(rows, name, cache)
     method = SequenceMethod(
         model,
         objective,
         {one.name: load_teacher(config, one, precision) for one in online},
-        vocab=vocabulary(config, tokenizer),
+        vocab=vocab,
         precision=precision,
         on_policy=distill.on_policy if online else 0,
         pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
@@ -197,7 +203,7 @@ def fits(
         check_packing(one)
     held = (fold_numbers(rows, table) == fold) & (config.folds.count > 1)
     learnt, dev = np.flatnonzero(~held), np.flatnonzero(held)
-    asked = table["part"].to_pylist().count("train")
+    asked = int(in_part(table, "train").sum())
     facts = {} if config.task.pack else {"without_targets": asked - len(held)}
     return [crossfit.Fit(method, objective, rows, learnt, training, batching, dev)], facts
 

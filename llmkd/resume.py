@@ -132,8 +132,10 @@ class Saving(TrainerCallback):
             )
 
     def load_optimizer(self) -> None:
+        """The last that is read of a checkpoint's tensors: they are not kept beside what they became."""
         assert self.found
         tensors, facts = under("optimizer", self.found[0]), self.found[1]
+        self.found[0].clear()
         if "whole" in facts:
             return
         if facts["deepspeed"] != bool(self.trainer.is_deepspeed_enabled):

@@ -19,11 +19,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llmkd import lock, ranks
-from llmkd.digests import differing, remember, sha
+from llmkd.digests import differing, known_sha, remember, sha, stamp
 from llmkd.digests import file_entry as file_entry
 from llmkd.errors import RunError
 
@@ -37,12 +38,14 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "optimu
 class Unit:
     """A directory in the making. Fill `path`; leave counts and figures in `rows` and `metrics`.
 
-    What lies in `checkpoints` outlives an interruption, and goes when the unit is finished.
+    What lies in `checkpoints` outlives an interruption, and goes when the unit is finished, but for what
+    `whole` names: that moves into the unit in the same moment, as it may have taken days to make.
     """
 
     path: Path
     metrics: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    whole: list[str] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> Path:
@@ -195,6 +198,7 @@ def _finish(
     seed: int,
     seconds: float,
 ) -> None:
+    files = _files(unit)
     data: dict[str, Any] = {
         "stage": stage,
         "fingerprint": fingerprint(stage, settings, inputs),
@@ -202,14 +206,16 @@ def _finish(
         "inputs": inputs,
         "seed": seed,
         "versions": _versions(),
-        "files": _files(unit.path),
+        "files": {name: file_entry(path) for name, path in files.items()},
         "rows": unit.rows,
         "metrics": unit.metrics,
         "seconds": round(seconds, 2),
         "ranks": ranks.world(),
     }
-    for name in data["files"]:
-        _sync(unit.path / name)
+    for path in files.values():
+        _sync(path)
+    for name in unit.whole:
+        os.rename(unit.checkpoints / name, unit.path / name)
     data = json.loads(json.dumps(data, default=str))
     write_json(unit.path / MANIFEST, {**data, "seal": _seal(data)})
     _replace(unit.path, directory)
@@ -246,17 +252,24 @@ def is_disk_full(error: BaseException) -> bool:
     return any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
-def _files(directory: Path) -> dict[str, dict[str, Any]]:
-    names = sorted(path for path in directory.rglob("*") if path.is_file())
-    inside = {path.relative_to(directory).as_posix(): path for path in names}
-    return {name: file_entry(path) for name, path in inside.items() if not name.startswith(f"{CHECKPOINT}/")}
+def _files(unit: Unit) -> dict[str, Path]:
+    """Where the files of a finished unit lie now, by their names in it."""
+    found = {}
+    for path in sorted(path for path in unit.path.rglob("*") if path.is_file()):
+        place = path.relative_to(unit.path)
+        if place.parts[0] == CHECKPOINT:
+            place = place.relative_to(CHECKPOINT)
+            if place.parts[0] not in unit.whole:
+                continue
+        found[place.as_posix()] = path
+    return found
 
 
 def source_digest(source: str) -> str:
     """What a raw input holds: sha256 over its files' bytes, or its own words where it is no file."""
     found = [source] if Path(source).is_file() else glob.glob(source, recursive=True)
     paths = sorted(path for path in map(Path, found) if path.is_file())
-    return sha("".join([*(file_entry(path)["sha256"] for path in paths)] or [source]).encode())
+    return sha("".join([*map(known_sha, paths)] or [source]).encode())
 
 
 WHOLE = 1 << 24  # bytes up to which a checkpoint's file is read whole to tell it from another
@@ -267,11 +280,15 @@ def checkpoint_digest(directory: Path) -> str:
 
     Weights of hundreds of gigabytes are told apart in moments; training changes both ends of a shard.
     """
-    seen = hashlib.sha256()
     # code that it comes with may lie deeper
     paths = {path for path in directory.iterdir() if path.is_file()} | {*directory.rglob("*.py")}
-    for path in sorted(paths):
-        size = path.stat().st_size
+    return _ends_digest(directory, tuple((path, stamp(path)) for path in sorted(paths)))
+
+
+@cache
+def _ends_digest(directory: Path, files: tuple[tuple[Path, tuple[int, ...]], ...]) -> str:
+    seen = hashlib.sha256()
+    for path, (size, *_) in files:
         seen.update(f"{path.relative_to(directory).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
             seen.update(file.read(WHOLE))

@@ -72,7 +72,9 @@ class Pretrain(Training):
     objective: Literal["causal_lm", "supervised"] = Field(
         "supervised", description="labelled rows of the task's kind, or next tokens of plain texts"
     )
-    data: str = Field(description="a source, as task.train; rows shared with the test part go")
+    data: str = Field(
+        description="a source, as task.train; rows shared with test go, of supervised ones train's too"
+    )
     models: list[str] | None = Field(None, description="names of the models it is for; all by default")
     columns: dict[str, str] = Field(default_factory=dict, description="task field -> column in this file")
     label: str | list[str] | None = Field("label", description="a column, or one-hot columns in label order")

@@ -17,14 +17,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def optimizer_state(method: nn.Module, engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """{"<parameter>/<moment>": tensor}, and the steps taken and learning rates. Every rank must call it."""
+    """{"<parameter>/<moment>": tensor}, and the steps taken and learning rates. Every rank must call it.
+
+    The tensors are on the first rank alone, and on the CPU: whole moments of all parameters at once are what
+    ZeRO is there to avoid.
+    """
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    tensors = {
-        f"{name}/{moment}": safe_get_full_optimizer_state(parameter, moment).reshape(_shape(parameter))
-        for name, parameter in trainable(method).items()
-        for moment in MOMENTS
-    }
+    tensors = {}
+    for name, parameter in trainable(method).items():
+        for moment in MOMENTS:
+            whole = safe_get_full_optimizer_state(parameter, moment)
+            if ranks.is_main():
+                tensors[f"{name}/{moment}"] = whole.reshape(_shape(parameter)).cpu()
     steps = [float(state["step"]) for state in engine.optimizer.optimizer.state.values()]
     rates = [group["lr"] for group in engine.optimizer.optimizer.param_groups]
     return tensors, {"step": max(steps), "rates": rates}

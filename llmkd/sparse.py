@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from llmkd.layout import Layout
-from llmkd.losses import LOSSES
 
 if TYPE_CHECKING:
     from torch import Generator
-
-    from llmkd.objective import Objective
 
 BLOCK = 256  # words: a draw finds its block by the blocks' sums, then its word in there
 
@@ -108,60 +105,15 @@ def sparse_kl(logits: Tensor, sparse: Sparse, temperature: float = 1.0) -> Tenso
 
     The latter's expectation is the cross-entropy: KL but for the teacher's entropy, which no student
     moves. With k = vocab the former is `losses.kl`. Student's logits (n, vocab) -> (n,)
+    A training computes it without whole logits (`llmkd.closed_form`).
     """
-    found: Tensor = _SparseKL.apply(logits, sparse, temperature)
-    return found
-
-
-class _SparseKL(torch.autograd.Function):
-    """The gradient is made in forward, in the buffer of the softmax: autograd's own way takes four times as
-    many passes over tokens × vocabulary."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, sparse: Sparse, temperature: float) -> Tensor:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (n, V)
-        weights = sparse.weights.to(wide.dtype)  # (n, K)
-        grad = wide.softmax(-1)
-        log_sum = _log_sum(wide, grad)
-        log_q = wide.gather(-1, sparse.ids) - log_sum[:, None]
-        found = -(weights * log_q).sum(-1)
-        mass = weights.sum(-1)
-        tail = sparse.tail if sparse.ids.shape[-1] < wide.shape[-1] else None
-        if sparse.tail is not None:
-            found = found + torch.xlogy(weights, weights).sum(-1)
-        if tail is not None:
-            mass = mass + tail
-        grad.mul_(mass[:, None]).scatter_add_(-1, sparse.ids, -weights)
-        if tail is not None:
-            others = wide.scatter_(-1, sparse.ids, -math.inf).softmax(-1)  # q of the other words, of sum 1
-            found = found + torch.xlogy(tail, tail) - tail * (_log_sum(wide, others) - log_sum)
-            grad.sub_(others.mul_(tail[:, None]))
-        ctx.temperature = temperature
-        ctx.save_for_backward(grad.to(logits.dtype))
-        return temperature**2 * found
-
-    @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (grad,) = ctx.saved_tensors
-        return grad * (above[0] * ctx.temperature)[:, None].to(grad.dtype), None, None
-
-
-def _log_sum(logits: Tensor, p: Tensor) -> Tensor:
-    """log Σ exp(logits), (n,), of logits whose softmax is p."""
-    return logits.amax(-1) - p.amax(-1).log()
-
-
-def sparse_objective(
-    objective: Objective, logits: Tensor, targets: Tensor, teachers: list[Sparse]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`Objective` where all teachers come from a cache: terms ce and kl, the teachers' own weights."""
-    parts = {}
-    loss = logits.new_zeros(())
-    if "ce" in objective.terms:
-        parts["ce"] = LOSSES["ce"](logits, targets)
-        loss = loss + objective.terms["ce"] * parts["ce"]
-    named = zip(objective.teachers, objective.teacher_weights, objective.temperatures, teachers, strict=True)
-    for name, weight, temperature, teacher in named:
-        parts[f"kl/{name}"] = sparse_kl(logits, teacher, temperature)
-        loss = loss + objective.terms["kl"] * weight * parts[f"kl/{name}"]
-    return loss / objective.total, parts
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # (n, V)
+    weights = sparse.weights.to(wide.dtype)  # (n, K)
+    found = -(weights * wide.log_softmax(-1).gather(-1, sparse.ids)).sum(-1)
+    if sparse.tail is not None:
+        found = found + torch.xlogy(weights, weights).sum(-1)
+        if sparse.ids.shape[-1] < wide.shape[-1]:
+            others = wide.scatter(-1, sparse.ids, -math.inf).logsumexp(-1)
+            log_tail = others - wide.logsumexp(-1)  # 1 - what the kept have would lose a small tail
+            found = found + torch.xlogy(sparse.tail, sparse.tail) - sparse.tail * log_tail
+    return temperature**2 * found

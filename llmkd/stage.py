@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from llmkd import interrupt, ranks, run, tracking
 from llmkd.config import load
@@ -94,6 +95,12 @@ def chosen(asked: Sequence[str], known: Sequence[str], flag: str) -> list[str]:
         if item not in known:
             raise ConfigError(f"--{flag} {item}: there is no such {flag}; choose among {', '.join(known)}")
     return [item for item in known if not asked or item in asked]
+
+
+def last_loss(history: Mapping[str, Any]) -> str:
+    """What a training, or the last of several phases, ended at; there may be no step that was taken."""
+    entries = history.get("phases", [history])[-1]["loss"]
+    return f"loss {entries[-1]['loss']}" if entries else "no step was taken"
 
 
 def say(text: str) -> None:

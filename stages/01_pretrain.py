@@ -11,7 +11,7 @@ from llmkd.schema import Config
 from llmkd.schema_models import Model, TrainTokenizer
 from llmkd.schema_training import Pretrain
 from llmkd.settings import is_made, phases, seed_of, text_settings
-from llmkd.stage import chosen, main, say
+from llmkd.stage import chosen, last_loss, main, say
 from llmkd.tracking import Track
 
 
@@ -41,7 +41,7 @@ def make(config: Config, model: Model) -> None:
             history = run_phase(config, model, phase, source, unit.path, checkpoints, track)
             source = str(unit.path / "model")
             unit.metrics[f"phase {i}"] = history
-            say(f"{directory}: {phase.objective} on {phase.data}, loss {history['loss'][-1]['loss']}")
+            say(f"{directory}: {phase.objective} on {phase.data}, {last_loss(history)}")
     say(f"{directory}: made")
 
 
@@ -108,6 +108,8 @@ def init(config: Config, model: Model, directory: Path) -> None:
 
 def training_texts(config: Config, table: Any) -> list[str]:
     """The rows' own words, template included; test rows never shape a tokenizer."""
+    import pyarrow.compute as pc
+
     from llmkd import tasks
 
     if config.task.kind == "causal_lm":
@@ -115,7 +117,8 @@ def training_texts(config: Config, table: Any) -> list[str]:
 
         return lm_rows.plain_texts(table, "messages" in config.task.columns)
     kind = tasks.KINDS[config.task.kind]
-    rows = [row for row in table.to_pylist() if row["part"] == "train" and not row["swapped"]]
+    mine = pc.and_(pc.equal(table["part"], "train"), pc.invert(table["swapped"]))
+    rows = table.filter(mine).to_pylist()
     template = config.task.template or kind.TEMPLATE
     return [template.format_map({**row, **kind.computed(row)}) for row in rows]
 
@@ -181,7 +184,7 @@ def causal_examples(config: Config, model: Model, phase: Pretrain, tokenizer: An
 
 
 def supervised_examples(config: Config, model: Model, phase: Pretrain, tokenizer: Any) -> Any:
-    import pyarrow as pa
+    import pyarrow.compute as pc
 
     from llmkd import crossfit, rows
 
@@ -202,16 +205,17 @@ def supervised_examples(config: Config, model: Model, phase: Pretrain, tokenizer
     )
     table, report = rows.prepare(
         table,
-        rows.held_out(ours, task.kind, task.extra),
+        rows.of_part(ours, "test", task.kind, task.extra),
         kind=task.kind,
         swap=task.swap,
         group=config.folds.group,
         folds=1,
         seed=config.seed,
         leaks=task.leaks,
+        known=rows.of_part(ours, "train", task.kind, task.extra),  # their labels would reach every fold
     )
-    say(f"{phase.data}: shared with the test rows {report['leaks']}")
-    table = table.filter(pa.array([part == "train" for part in table["part"].to_pylist()]))
+    say(f"{phase.data}: shared with the test rows, and in_train with the training rows, {report['leaks']}")
+    table = table.filter(pc.equal(table["part"], "train"))
     text = text_settings(config, model)
     text["max_tokens"] = phase.max_tokens or text["max_tokens"]
     return crossfit.text_examples(table, tokenizer, task.kind, **text)

@@ -8,7 +8,7 @@ from llmkd.inputs import DISTILL, base, prepared
 from llmkd.loading import examples_of, load_model
 from llmkd.schema import Config
 from llmkd.schema_models import Student
-from llmkd.stage import chosen, main, say
+from llmkd.stage import chosen, last_loss, main, say
 
 
 def distill(config: Config, arguments: Namespace) -> None:
@@ -39,8 +39,10 @@ def learn(config: Config, which: Student, kinds: list[str], folds: list[int]) ->
 
     table, labels, _ = prepared(config)
     precision = resolve_precision(config.precision)
-    arguments(root, seed=config.seed, **split(section.training())[0])  # before a model is loaded, for ZeRO-3
+    # ZeRO-3 cuts up what is loaded for as long as these stay: transformers keeps a weak reference alone
+    sharding = arguments(root, seed=config.seed, **split(section.training())[0])
     model, reader = load_model(config, which, base(config, which)[0], labels, precision)
+    del sharding  # each training has its own
     examples = examples_of(config, which, table, reader)
     start = trainable_state(model)
     for (kind, fold), recipe in jobs.items():
@@ -68,8 +70,9 @@ def learn(config: Config, which: Student, kinds: list[str], folds: list[int]) ->
             unit.metrics.update(metrics, **facts)
             unit.rows.update(counts)
         best = metrics["best"]  # None without development rows
-        said = f"loss {metrics['loss'][-1]['loss']}" if best is None else f"development log loss {best:.6f}"
+        said = last_loss(metrics) if best is None else f"development log loss {best:.6f}"
         say(f"{recipe.directory}: {said}")
+        fits = []  # before the next fold's teachers or peers are loaded
 
 
 if __name__ == "__main__":

@@ -86,6 +86,18 @@ def test_a_temperature_that_chance_explains_is_not_kept(
     assert found["temperature"] == (found["fitted"] if kept else None)
 
 
+def test_rows_without_a_mistake_calibrate_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any lower temperature is better there: the lowest would make the first mistake endless."""
+    labels = np.array([0, 1, 2] * 200)
+    logits = 3 * np.eye(3, dtype=np.float32)[labels]
+    rows = [np.arange(300), np.arange(300, 600)]
+    monkeypatch.setattr(calibration, "on_view", lambda *_: (rows, [logits[part] for part in rows]))
+    found = calibrate(pa.table({"label": labels}), [Path("a"), Path("b")], LABELS)
+    assert found == {"temperature": None, "rows": 600}
+    labels[0] = 1
+    assert calibrate(pa.table({"label": labels}), [Path("a"), Path("b")], LABELS)["temperature"] > 0.1
+
+
 def test_rows_without_a_label_calibrate_nothing(tmp_path: Path) -> None:
     table = prepared(2, swap=False)
     files, _ = caches(table, 2, tmp_path)

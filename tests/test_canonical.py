@@ -177,7 +177,7 @@ def test_images_are_told_apart_by_their_bytes() -> None:
     table, report = prepare(train, test, "image")
     assert report["leaks"]["dropped"] == 1
     assert report["duplicates"]["train"] == {"rows": 1, "conflicting": 1}
-    assert rows.held_out(table, "image", fields=("pixels",))["pixels"].to_pylist() == [b"abcdef"]
+    assert rows.of_part(table, "test", "image", fields=("pixels",))["pixels"].to_pylist() == [b"abcdef"]
     with pytest.raises(DataError, match=r"image row has no order"):
         prepare(train, test, "image", swap=True)
 
@@ -252,7 +252,7 @@ def test_transfer_rows_of_the_test_part_and_of_train_are_left_out(group: str | N
 
 
 def test_transfer_rows_that_are_all_known_are_refused() -> None:
-    with pytest.raises(DataError, match=r"every transfer row stands in train"):
+    with pytest.raises(DataError, match=r"every transfer row stands in task.train"):
         with_transfer(questions(["p0", "p1"], "transfer"))
     with pytest.raises(DataError, match=r"every transfer row has the prompt of a test row"):
         with_transfer(questions(["t0"], "transfer"))

@@ -7,13 +7,13 @@ import tiny
 import torch
 from torch import Tensor
 
-from llmkd import chunked
+from llmkd import chunked, closed_form
 from llmkd.chunked import chunked_loss
 from llmkd.errors import ModelError
 from llmkd.layout import Layout
 from llmkd.models.head import Head, head_of, hidden_states, predicting_states, target_mask, with_heads
 from llmkd.objective import Objective
-from llmkd.sparse import choose
+from llmkd.sparse import choose, sparse_kl
 
 N, WORDS, PADDED = 13, 37, 40
 BOTH = Objective({"ce": 1.0, "kl": 0.5}, ["a", "b"], [1.0, 0.7], [1.0, 2.0])
@@ -51,7 +51,7 @@ def test_ce_and_kl_by_their_formulas(
     tokens: int, chunk: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """tokens: at a pass over their words."""
-    monkeypatch.setattr(chunked, "WIDE", tokens * WORDS)
+    monkeypatch.setattr(closed_form, "WIDE", tokens * WORDS)
     hidden, head, targets, teachers = case(softcap)
     loss, parts = chunked_loss(hidden, head, targets, BOTH, teachers, chunk=chunk)
     logits = plain(hidden, head.weight, softcap)
@@ -168,6 +168,48 @@ def test_a_second_backward_is_refused() -> None:
     loss.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward"):
         loss.sum().backward()
+
+
+@pytest.mark.parametrize("how", ["topk", "sampled"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("degrees", [(1.0, 1.0), (1.0, 2.0), (2.0, 2.0)])
+@pytest.mark.parametrize("hard", [0.3, 0.0])
+def test_cached_teachers_by_their_formula(
+    how: Any,
+    softcap: float | None,
+    degrees: tuple[float, float],
+    hard: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(closed_form, "WIDE", 2 * WORDS)
+    hidden, head, targets, teachers = case(softcap)
+    logits, cached = plain(hidden, head.weight, softcap), []
+    for (state, of), t in zip(teachers, degrees, strict=True):
+        layout = Layout(how, 5, WORDS, 32, temperature=t)
+        cached.append(choose(plain(state, of.weight, softcap), layout, torch.Generator().manual_seed(1)))
+    terms = {"ce": hard, "kl": 0.5} if hard else {"kl": 0.5}
+    objective = Objective(terms, ["a", "b"], [1.0, 0.7], degrees)
+    loss, parts = chunked_loss(hidden, head, targets, objective, cached, chunk=5)
+    expected = -hard * logits.log_softmax(-1)[torch.arange(N), targets]
+    for name, one, weight, t in zip("ab", cached, (1.0, 0.7), degrees, strict=True):
+        divergence = sparse_kl(logits, one, t)
+        torch.testing.assert_close(parts[f"kl/{name}"], divergence.detach(), rtol=1e-9, atol=1e-12)
+        expected = expected + 0.5 * weight * divergence
+    expected = expected / (hard + 0.5 * 1.7)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    found, wanted = gradients(loss.mean(), hidden, head), gradients(expected.mean(), hidden, head)
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-14)
+
+
+def test_a_cache_of_no_weight_is_left_alone() -> None:
+    """As an ablation has it, with kl: 0."""
+    hidden, head, targets, teachers = case()
+    cached = choose(plain(teachers[0][0], teachers[0][1].weight, None), Layout("topk", 5, WORDS, 32))
+    objective = Objective({"ce": 2.0}, ["a"], [1.0], [1.0])
+    loss, parts = chunked_loss(hidden, head, targets, objective, [cached], chunk=4)
+    expected = -plain(hidden, head.weight, None).log_softmax(-1)[torch.arange(N), targets]
+    torch.testing.assert_close(loss, expected)
+    assert parts.keys() == {"ce"}
 
 
 @pytest.mark.parametrize("k", [5, WORDS])

@@ -53,14 +53,14 @@ def load(kind: str, directory: Path) -> Any:
 
 
 def mean_loss(kind: str, model: Any) -> float:
-    from llmkd.methods.next_token import NextToken
+    from llmkd.methods.next_token import next_token
     from llmkd.train import dev_log_loss
 
     examples, rows = tiny.examples(), np.arange(24)
     if kind == "supervised":
         return dev_log_loss(model, examples, rows, 64, "fp32")
     with torch.no_grad():
-        loss, _ = NextToken(model.eval())(examples.inputs(rows), torch.from_numpy(examples.labels))
+        loss, _ = next_token(model.eval())(examples.inputs(rows), torch.from_numpy(examples.labels))
     weights = torch.from_numpy(examples.lengths - 1)
     return float((loss * weights).sum() / weights.sum())
 

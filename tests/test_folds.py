@@ -27,6 +27,18 @@ def test_groups_stay_whole_and_classes_in_proportion() -> None:
     folds.check(assigned, groups)
 
 
+def test_many_groups_are_dealt_and_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folds, "WALKED", 10)
+    labels, groups = labelled()
+    found = folds.assign(labels, groups, 5, seed=1)
+    folds.check(found, groups)
+    shares = [(labels[found == fold] == 0).mean() for fold in range(5)]
+    assert max(shares) - min(shares) < 0.25
+    sizes = np.bincount(found)
+    assert len(sizes) == 5
+    assert sizes.min() > 0.7 * sizes.max()
+
+
 def test_the_seed_decides() -> None:
     labels, groups = labelled()
     first, again = (folds.assign(labels, groups, 5, seed=1) for _ in range(2))

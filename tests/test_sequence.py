@@ -15,7 +15,7 @@ from llmkd.capture import cache_teacher
 from llmkd.errors import ConfigError, ModelError
 from llmkd.generation import check_packing, evaluate_lm
 from llmkd.layout import Layout
-from llmkd.methods.next_token import NextToken
+from llmkd.methods.next_token import WholeLogits
 from llmkd.methods.sequence import Sequence
 from llmkd.models.lora import add_lora, trainable
 from llmkd.objective import Objective
@@ -150,7 +150,7 @@ def test_a_model_that_looks_across_documents_is_refused() -> None:
 def test_hard_tokens_alone_are_next_token() -> None:
     model = tiny.causal_lm()
     loss, _ = Sequence(model, Objective({"ce": 1.0}), vocab=WORDS)(**batch(rows()))
-    expected, _ = NextToken(model)(batch(rows())["inputs"], LABELS)
+    expected, _ = WholeLogits(model)(batch(rows())["inputs"], LABELS)
     torch.testing.assert_close(loss, expected)
 
 

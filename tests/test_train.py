@@ -14,7 +14,7 @@ from llmkd import train
 from llmkd.errors import DataError, ModelError
 from llmkd.methods.cached import Cached
 from llmkd.methods.feature import Feature
-from llmkd.methods.next_token import NextToken
+from llmkd.methods.next_token import next_token
 from llmkd.methods.online import Online
 from llmkd.models.lora import add_lora, trainable, trainable_state
 from llmkd.objective import HARD, Objective
@@ -296,12 +296,12 @@ def test_inference_leaves_the_mode_as_it_was(training: bool) -> None:
 def test_next_token_is_the_mean_over_real_targets() -> None:
     model, examples = tiny.causal_lm().eval(), tiny.examples(5)
     with torch.no_grad():
-        loss, parts = NextToken(model)(examples.inputs(np.arange(5)), torch.full((5,), -1))
+        loss, parts = next_token(model)(examples.inputs(np.arange(5)), torch.full((5,), -1))
         for row in range(5):
             ids = examples.inputs(np.array([row]))["input_ids"]
             plain = model(input_ids=ids, labels=ids).loss
             assert loss[row].item() == pytest.approx(plain.item(), rel=1e-4)
-    torch.testing.assert_close(parts["next_token"], loss)
+    torch.testing.assert_close(parts["ce"], loss)
 
 
 def test_a_language_model_s_step_weighs_tokens_alike(tmp_path: Path) -> None:
@@ -309,9 +309,9 @@ def test_a_language_model_s_step_weighs_tokens_alike(tmp_path: Path) -> None:
     weights = (tiny.examples().lengths - 1).astype(np.float64)
     model, examples = tiny.causal_lm(), tiny.examples(weights=weights)
     with torch.no_grad():
-        rows, _ = NextToken(model)(examples.inputs(ALL), torch.from_numpy(examples.labels))
+        rows, _ = next_token(model)(examples.inputs(ALL), torch.from_numpy(examples.labels))
     expected = float((rows * torch.from_numpy(weights)).sum() / weights.sum())
-    history = run(tmp_path, NextToken(model), examples, batch_rows=24, batch_tokens=50)
+    history = run(tmp_path, next_token(model), examples, batch_rows=24, batch_tokens=50)
     assert history["loss"][0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 

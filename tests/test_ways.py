@@ -111,6 +111,17 @@ def test_phases_follow_one_another(copy: Path) -> None:
     assert soft["steps"] > hard["steps"], "the first phase reads the test rows' soft labels too"
 
 
+def test_phases_without_development_rows_end_as_they_should(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = [f"run={copy}", "folds.count=1", "views=[in_sample]", "distill.baseline=false"]
+    told += ["teachers.llama.epochs=0.2", "teachers.qwen.epochs=0.2"]
+    for name in ("00_prepare", "01_pretrain", "02_teachers"):
+        assert tiny.stage(name, *told) == 0, name
+    assert tiny.stage("03_distill", *told, "distill.phases=[{terms: {ce: 0}, epochs: 1}, {epochs: 1}]") == 0
+    assert "03_distill/gemma/fold0: loss " in capsys.readouterr().out
+
+
 def test_fitted_weights_are_in_the_manifest_and_the_report(copy: Path) -> None:
     go_on(copy, "distill.weighting=fitted")
     found = run.manifest(copy / "03_distill/gemma/fold1")["metrics"]

@@ -42,7 +42,9 @@ def test_two_ranks_reach_one_process(way: str, finished: Path, tmp_path: Path) -
     same("03_distill/gemma/fold0", one, two)
 
 
-def test_an_online_teacher_is_sharded_and_frozen(finished: Path, tmp_path: Path) -> None:
+def test_models_are_sharded_when_loaded_and_an_online_teacher_is_frozen(
+    finished: Path, tmp_path: Path
+) -> None:
     """Under ZeRO-3 each of two ranks holds half of it, and none of it whole but while it computes."""
     run = begun(finished, tmp_path / "run", "00_prepare", "01_pretrain", "02_teachers")
     told = [f"run={run}", "distill.method=online", "distill.epochs=1", "distill.baseline=false", "--fold=0"]
@@ -51,6 +53,8 @@ def test_an_online_teacher_is_sharded_and_frozen(finished: Path, tmp_path: Path)
     watcher = str(tiny.ROOT / "tests" / "watched_teacher.py")
     wait(start([*argv[:script], watcher, str(tmp_path), *argv[script:]]))
     for rank in (0, 1):
+        loaded = json.loads((tmp_path / f"loaded{rank}.json").read_text())
+        assert loaded == {"gemma": True, "llama": True, "qwen": True}
         looks = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert len(looks) > 4
         for look in looks:

@@ -1,5 +1,6 @@
 """A stage whose online teachers are looked at before and after each forward:
-`watched_teacher.py DIRECTORY stage.py ...` leaves DIRECTORY/rank<r>.json, one entry a look."""
+`watched_teacher.py DIRECTORY stage.py ...` leaves DIRECTORY/rank<r>.json, one entry a look, and in
+loaded<r>.json whether the frozen weights of each model were sharded as soon as they were loaded."""
 
 import json
 import os
@@ -8,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llmkd import loading
 from llmkd.methods.online import Online
 
 directory, sys.argv = Path(sys.argv[1]), sys.argv[2:]
 forward, looks = Online.forward, list[dict[str, Any]]()
+load_model, loaded = loading.load_model, dict[str, bool]()
 
 
 def look(method: Online) -> dict[str, Any]:
@@ -37,5 +40,14 @@ def watched(method: Online, *args: Any, **kwargs: Any) -> Any:
     return found
 
 
+def told(config: Any, which: Any, *args: Any) -> Any:
+    network, reader = load_model(config, which, *args)
+    frozen = [one for one in network.parameters() if not one.requires_grad]
+    loaded[which.name] = all(hasattr(one, "ds_id") for one in frozen)
+    (directory / f"loaded{os.environ['RANK']}.json").write_text(json.dumps(loaded))
+    return network, reader
+
+
 setattr(Online, "forward", watched)  # noqa: B010
+setattr(loading, "load_model", told)  # noqa: B010
 runpy.run_path(sys.argv[0], run_name="__main__")

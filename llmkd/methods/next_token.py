@@ -5,12 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
+from llmkd.methods.sequence import Sequence
+from llmkd.models.head import head_rows, oddity
 from llmkd.models.pooling import autocast
+from llmkd.objective import HARD
 
 
-class NextToken(nn.Module):
+def next_token(student: nn.Module, precision: str = "fp32") -> nn.Module:
+    """What learns every next token: without whole logits, where the head is a plain matrix."""
+    if oddity(student):
+        return WholeLogits(student, precision)
+    return Sequence(student, HARD, vocab=head_rows(student), precision=precision)
+
+
+class WholeLogits(nn.Module):
+    """For a head that does more than multiply and cap, which only its own model can compute."""
+
     def __init__(self, student: nn.Module, precision: str = "fp32") -> None:
         super().__init__()
         self.student, self.precision = student, precision
@@ -23,10 +35,10 @@ class NextToken(nn.Module):
         """inputs (B, L) -> each row's mean cross-entropy over its real next tokens, (B,)."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         with autocast(self.precision, ids.device):
-            logits = self.student(**inputs, use_cache=False).logits[:, :-1]  # (B, L - 1, V)
-        targets, real = ids[:, 1:], mask[:, 1:].float()
+            logits = self.student(**inputs, use_cache=False).logits  # (B, L, V); a slice would be copied
+        targets, real = pad(ids[:, 1:], (0, 1)), pad(mask[:, 1:], (0, 1)).float()  # (B, L)
         # flat, as the class axis must be the innermost one to be fast
         flat = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        loss = flat.view_as(real)  # (B, L - 1)
+        loss = flat.view_as(real)
         loss = (loss * real).sum(-1) / real.sum(-1).clamp(min=1)
-        return loss, {"next_token": loss}
+        return loss, {"ce": loss}

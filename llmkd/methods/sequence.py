@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.batches import Examples, Rows
-from llmkd.chunked import CHUNK, Teacher, chunked_loss
+from llmkd.chunked import chunked_loss
+from llmkd.closed_form import Teacher
 from llmkd.errors import ConfigError
 from llmkd.models.head import head_of, predicting_states, target_mask, with_heads
 from llmkd.objective import Objective
@@ -28,7 +29,8 @@ class Sequence(nn.Module):
 
     student: a causal LM, wrapped by PEFT or not. objective: its teachers by name, in order.
     teachers: online ones by name; all of the objective's, or none: then a batch carries them beside.
-    vocab: the real vocabulary that all share. precision: "bf16" or "fp32". chunk: tokens at a time.
+    vocab: the real vocabulary that all share. precision: "bf16" or "fp32". chunk: tokens at a time,
+    by default `llmkd.chunked.tokens_at_once`.
     on_policy: the share of batches whose text the student says itself, after the row's prompt (or its
     first half), and the online teachers judge: the terms but ce (Agarwal et al. 2024, GKD, arXiv
     2306.13649, algorithm 1). pad_id, eos_id, seed: for those samples.
@@ -44,7 +46,7 @@ class Sequence(nn.Module):
         *,
         vocab: int,
         precision: str = "fp32",
-        chunk: int = CHUNK,
+        chunk: int | None = None,
         on_policy: float = 0.0,
         pad_id: int = 0,
         eos_id: int | None = None,
@@ -97,8 +99,17 @@ class Sequence(nn.Module):
         """Mean negative log-likelihood of development rows' targets, by which the best state is kept."""
         from llmkd.generation import evaluate_lm
 
-        more = {"vocab": self.vocab, "precision": self.precision, "chunk": self.chunk}
-        return evaluate_lm(self.student, examples, rows, batch_tokens=batch_tokens, **more)["nll"]  # type: ignore[arg-type]
+        found = evaluate_lm(
+            self.student,
+            examples,
+            rows,
+            batch_tokens=batch_tokens,
+            vocab=self.vocab,
+            precision=self.precision,
+            chunk=self.chunk,
+            timed=False,
+        )
+        return found["nll"]
 
     def _own_turn(self) -> bool:
         """Drawn from a count of batches, so that all ranks say and hear the same: ZeRO-3 needs them to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def pretrain(
     from transformers import set_seed
 
     from llmkd.methods.cached import Cached
-    from llmkd.methods.next_token import NextToken
+    from llmkd.methods.next_token import next_token
     from llmkd.models.load import load_causal_lm, load_classifier, load_tokenizer, on_device
     from llmkd.models.lora import add_lora, trainable_state
     from llmkd.objective import HARD
@@ -62,11 +63,12 @@ def pretrain(
         more = {"load_in": held, "pad_id": pad, "attention": attention, "seed": seed}
         return load_classifier(source, labels, **more, **trust)  # type: ignore[arg-type]
 
+    gc.collect()  # the model, and the optimizer, of a training before this one hang in cycles
     model: nn.Module = load(held)
     if lora:
         model = add_lora(model, causal=causal, **lora)  # type: ignore[arg-type]
     on_device(model, held)
-    method = NextToken(model, precision) if causal else Cached(model, HARD, precision)
+    method: nn.Module = next_token(model, precision) if causal else Cached(model, HARD, precision)
     rows = examples(tokenizer)
     train = np.flatnonzero(rows.labels >= 0) if not causal else np.arange(len(rows.ids))
     history = fit(method, rows, train, training, checkpoints=checkpoints, **batching)

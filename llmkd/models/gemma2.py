@@ -27,6 +27,8 @@ def tune(model: Any) -> None:
     # accelerate's hooks, of a model spread over devices, want each module's own forward
     if config._attn_implementation != "eager" or any(hasattr(one, "_hf_hook") for one in model.modules()):
         return
+    if model.dtype == torch.float64:  # its passes keep float32
+        return
     model.__dict__[TUNED] = True
     ways: dict[type, Any] = {
         gemma2.Gemma2Attention: attend,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.errors import ModelError
-from llmkd.models.pooling import autocast
+from llmkd.models.pooling import autocast, backbone
 
 SCALED = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # heads that do more than multiply and cap
 
@@ -52,19 +52,31 @@ def inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def oddity(model: Any) -> str | None:
+    """What makes a causal LM's head more than one plain matrix and a cap; None where nothing does."""
+    layer, config = inner(model).get_output_embeddings(), inner(model).config.get_text_config()
+    scaled = next((name for name in SCALED if getattr(config, name, None) not in (None, 1)), None)
+    if scaled:
+        return f"its config sets {scaled}"
+    plain = type(layer) is nn.Linear and layer.bias is None
+    return None if plain else f"it is a {type(layer).__name__}, or has a bias"
+
+
+def head_rows(model: Any) -> int:
+    """Of the head's weight, also where ZeRO-3 shows a shape of (0,)."""
+    weight = inner(model).get_output_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
 def head_of(model: Any, vocab: int | None = None) -> Head:
     """A causal LM's own head over its first `vocab` words, tied or not, wrapped by PEFT or not.
 
     Raises ModelError where the head is more than one plain matrix, or has fewer rows than `vocab`.
     """
-    causal = inner(model)
-    layer, config = causal.get_output_embeddings(), causal.config.get_text_config()
-    odd = next((name for name in SCALED if getattr(config, name, None) not in (None, 1)), None)
-    if type(layer) is not nn.Linear or layer.bias is not None or odd:
-        what = f"its config sets {odd}" if odd else f"it is a {type(layer).__name__}, or has a bias"
+    config = inner(model).config.get_text_config()
+    if what := oddity(model):
         raise ModelError(f"{config.model_type}: the head is no plain matrix ({what}); take another model")
-    weight: Any = layer.weight
-    rows = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 shows shape (0,)
+    weight, rows = inner(model).get_output_embeddings().weight, head_rows(model)
     if vocab is not None and rows < vocab:
         raise ModelError(f"{config.model_type}: its head has {rows} rows for {vocab} tokens; resize it")
     return Head(weight, getattr(config, "final_logit_softcapping", None), vocab)
@@ -72,8 +84,7 @@ def head_of(model: Any, vocab: int | None = None) -> Head:
 
 def hidden_states(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """What the head reads: the backbone's last hidden states, (B, L, H)."""
-    causal = inner(model)
-    hidden: Tensor = getattr(causal, causal.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
+    hidden: Tensor = backbone(model)(**inputs, use_cache=False).last_hidden_state
     return hidden
 
 

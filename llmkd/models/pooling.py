@@ -68,7 +68,7 @@ def is_decoder(model: nn.Module) -> bool:
 
 
 def backbone(model: nn.Module) -> Any:
-    """What lies between a classifier's inputs and its head."""
+    """What lies between a model's inputs and its head."""
     inner = unwrapped(model)
     tune(inner)
     return getattr(inner, inner.base_model_prefix)

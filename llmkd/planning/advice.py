@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmkd.planning.jobs import Job
-from llmkd.planning.memory import Way, Zero, read_zero
+from llmkd.planning.way import Way, Zero, read_zero
 
 SHARDED = "configs/deepspeed/zero3.json"
 OFFLOADED = "configs/deepspeed/zero2_offload.json"

@@ -9,7 +9,7 @@ from typing import Any
 from llmkd.errors import ConfigError
 from llmkd.planning import advice, jobs, stages
 from llmkd.planning.data import phase_part
-from llmkd.planning.memory import HELD, read_zero
+from llmkd.planning.way import HELD, read_zero
 from llmkd.schema import Config
 from llmkd.schema_models import Llm
 from llmkd.settings import phases

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from llmkd.planning import memory, models, work
+from llmkd.planning import activations, memory, models, work
 from llmkd.planning.data import Part, task_part
-from llmkd.planning.memory import Way
 from llmkd.planning.shapes import Shape
+from llmkd.planning.way import Way, trained
 from llmkd.planning.work import NONE, Batches, Lengths
 from llmkd.schema import Config
 from llmkd.schema_models import Model
@@ -163,7 +163,7 @@ def learn(
         several = any(batches.accumulated for batches in cut)
         return memory.training(shape, way, micros, several, judged=judged, beside=beside)
 
-    learnt = memory.trained(shape, way)
+    learnt = trained(shape, way)
     return Job(
         stage=stage,
         name=name,
@@ -201,7 +201,7 @@ def run_over(
 
     def need(way: Way, batch_tokens: int) -> dict[str, float]:
         cut = [work.running_batches(part.lengths, count, batch_tokens) for part, count in given] or [NONE]
-        widest = max(memory.running(shape, way, micro) for one in cut for micro in one.largest)
+        widest = max(activations.running(shape, way, micro) for one in cut for micro in one.largest)
         parts = (
             {**memory.resting(shape, way), "activations": widest}
             if learnt

@@ -11,8 +11,8 @@ from llmkd import tasks
 from llmkd.errors import ModelError
 from llmkd.inputs import PRETRAIN
 from llmkd.planning import lookup
-from llmkd.planning.memory import Way, read_zero
 from llmkd.planning.shapes import Shape
+from llmkd.planning.way import Way, read_zero
 from llmkd.schema import Config
 from llmkd.schema_models import Model, TrainTokenizer
 from llmkd.schema_training import Training
@@ -100,7 +100,6 @@ def way_of(
     classes: int | None,
     lora: Any = ...,
     load_in: str | None = None,
-    chunked: bool = False,
 ) -> Way:
     """How a section trains a model; a phase of pretraining has a `lora` and `load_in` of its own."""
     arithmetic = precision(config)
@@ -114,5 +113,4 @@ def way_of(
         checkpointing=section.gradient_checkpointing,
         zero=read_zero(section.deepspeed),
         ranks=ranks,
-        chunked=chunked,
     )

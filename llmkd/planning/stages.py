@@ -11,8 +11,8 @@ from llmkd.layout import Layout
 from llmkd.planning import memory, models, work
 from llmkd.planning.data import phase_part, task_part
 from llmkd.planning.jobs import ROW, Job, Learning, Plan, dev_of, learn, mixed, repeated, run_over, seen
-from llmkd.planning.memory import HELD, Way
 from llmkd.planning.shapes import Shape
+from llmkd.planning.way import HELD, Way, held, trained
 from llmkd.planning.work import Batches
 from llmkd.schema_distill import Distill
 from llmkd.schema_models import Llm, Model, Student
@@ -120,8 +120,7 @@ def distilling(plan: Plan, student: Student) -> Iterator[Job]:
     """Stage 03: a student's folds, and those of its baseline on hard labels alone."""
     config, distill = plan.config, plan.config.distill_of(student)
     times, shape = config.folds.count, plan.shapes[student.name]
-    chunked = distill.method == "sequence"
-    way = models.way_of(config, student, distill, plan.ranks, classes=plan.classes, chunked=chunked)
+    way = models.way_of(config, student, distill, plan.ranks, classes=plan.classes)
     place = plan.key(student)
     chain = len(config.students) > 1 and student.distill
     keys = _keys(f"{place}.distill" if chain else "distill", place)
@@ -130,7 +129,7 @@ def distilling(plan: Plan, student: Student) -> Iterator[Job]:
     kinds = [("student", distill.in_phases())]
     if distill.baseline and student is config.student:
         kinds.append(("baseline", units.baseline_phases(distill)))
-    watched = distill.method in ("feature", "self_distillation")
+    watched, compared = distill.method in ("feature", "self_distillation"), distill.method == "sequence"
     for kind, sections in kinds:
         learnings = [_learning(plan, student, section, kind) for section in sections]
         parts = {part for section in sections for part in (section.rows if kind == "student" else ["train"])}
@@ -140,7 +139,7 @@ def distilling(plan: Plan, student: Student) -> Iterator[Job]:
             student.name,
             kind,
             shape,
-            replace(way, states=watched and kind == "student"),
+            replace(way, states=watched and kind == "student", compared=compared and kind == "student"),
             distill,
             learnings,
             times=times,
@@ -189,9 +188,7 @@ def company(
         (plan.shapes[peer.name], models.way_of(config, peer, distill, plan.ranks, classes=plan.classes))
         for peer in peers
     ]
-    beside = sum(
-        memory.held(shape, way) + 4.0 * bool(way.lora) * memory.trained(shape, way) for shape, way in frozen
-    )
+    beside = sum(held(shape, way) + 4.0 * bool(way.lora) * trained(shape, way) for shape, way in frozen)
     for (shape, way), peer in zip(learning, peers, strict=True):
         one = _learning(plan, student, distill, "student")
         cut = replace(one, lengths=plan.parts["train", peer.name].lengths)
@@ -211,7 +208,7 @@ def finishing(plan: Plan) -> Iterator[Job]:
     shape, dtype = plan.shapes[student.name], HELD[config.merge.dtype]
     way = models.way_of(config, student, config.distill_of(student), 1, classes=plan.classes)
     every = shape.backbone + (shape.head(plan.classes) if shape.hidden else 0)
-    folds, learnt = config.folds.count, memory.trained(shape, way)
+    folds, learnt = config.folds.count, trained(shape, way)
     aimed = shape.targeted(way.lora["targets"]) if way.lora else []
     deltas = sum(2.0 * often * way.lora["r"] * i * o for often, i, o in aimed) if way.lora else 2.0 * every
     host = 4.0 * every + 8.0 * learnt
@@ -254,8 +251,8 @@ def judging(plan: Plan, way: Way, every: int, dtype: float) -> Iterator[Job]:
     budget = asked.max_tokens or student.max_tokens
     reader = student.model_copy(update={"max_tokens": budget})
     part = task_part(config, "test", plan.rows, reader)
-    held = "fp32" if asked.precision == "fp32" or config.merge.dtype == "fp32" else "bf16"
-    plain = replace(way, lora=None, load_in=held, precision=asked.precision)
+    computed = "fp32" if asked.precision == "fp32" or config.merge.dtype == "fp32" else "bf16"
+    plain = replace(way, lora=None, load_in=computed, precision=asked.precision)
     for name in ["merged", *(["quantized"] if config.quantize else [])]:
         job = run_over(plan, "06", name, "judge", student, plain, asked.batch_tokens, [(part, part.count)])
         keys = {"batch_tokens": "evaluate.batch_tokens"}

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from llmkd.batches import epoch_steps, sorted_batches
 from llmkd.dealing import deal
-from llmkd.planning.memory import Micro, Way, adapters
 from llmkd.planning.shapes import Shape
+from llmkd.planning.way import Micro, Way, adapters
 
 Lengths = NDArray[np.int64]
 TRIED = 4096  # rows that are cut into batches; more rows are as many times these

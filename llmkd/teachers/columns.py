@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmkd import tasks
+from llmkd import mapped, tasks
 from llmkd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,16 +22,18 @@ def feature_columns(
     Raises ConfigError where `fields` names none of them, and where there are none at all.
     """
     task = tasks.KINDS[kind]
-    found: dict[str, list[Any]] = {name: table[name].to_pylist() for name in columns}
-    default = list(columns)
-    if task.COMPUTED:
-        rows = table.select([*task.FIELDS, *columns]).to_pylist()
-        computed = [task.computed(row) for row in rows]
-        found |= {name: [row[name] for row in computed] for name in task.COMPUTED}
-        default = [name for name in task.COMPUTED if name not in task.WORDY]
-    unknown = sorted(set(fields or ()) - set(found))
-    if unknown or not found:
+    known = [*columns, *task.COMPUTED]
+    unknown = sorted(set(fields or ()) - set(known))
+    if unknown or not known:
         raise ConfigError(
-            f"fields: no {', '.join(unknown) or 'feature'} among those of {kind} rows: {', '.join(found)}"
+            f"fields: no {', '.join(unknown) or 'feature'} among those of {kind} rows: {', '.join(known)}"
         )
-    return {name: found[name] for name in fields or default}
+    default = [name for name in task.COMPUTED if name not in task.WORDY] if task.COMPUTED else list(columns)
+    found: dict[str, list[Any]] = {name: [] for name in fields or default}
+    computed = [name for name in found if name in task.COMPUTED]
+    for start in range(0, len(table), mapped.BATCH) if computed else ():  # some rows' texts at a time
+        for row in table.select([*task.FIELDS, *columns]).slice(start, mapped.BATCH).to_pylist():
+            values = task.computed(row)
+            for name in computed:
+                found[name].append(values[name])
+    return {name: found[name] if name in computed else table[name].to_pylist() for name in found}

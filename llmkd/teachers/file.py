@@ -141,27 +141,25 @@ def _numbers(
         lengths = pc.fill_null(pc.list_value_length(table[columns[0]]), 0).to_numpy()
         _refuse(lengths != len(labels), source, ids, f"{columns[0]!r} does not hold {len(labels)} numbers")
         flat = table[columns[0]].combine_chunks().flatten()
-        return _finite([flat], source, np.repeat(ids, len(labels)), columns).reshape(-1, len(labels))
+        return _finite([flat], source, ids, columns, each=len(labels)).reshape(-1, len(labels))
     return _finite([table[name] for name in columns], source, ids, columns)
 
 
 def _finite(
-    columns: Sequence[Any], source: str, ids: Sequence[str] | NDArray[np.str_], names: Sequence[str]
+    columns: Sequence[Any], source: str, ids: Sequence[str], names: Sequence[str], each: int = 1
 ) -> Floats:
-    """Columns of numbers, or of strings that hold them, side by side, (N, columns)."""
-    found = np.empty((len(ids), len(columns)))
+    """Columns of numbers, or of strings that hold them, side by side; `each` of an id. (N each, columns)"""
+    found = np.empty((len(columns[0]), len(columns)))
     for at, (column, name) in enumerate(zip(columns, names, strict=True)):
-        texts = _strings(column, source, name)
-        number = pc.match_substring_regex(texts, r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$")
-        _refuse(
-            ~pc.fill_null(number, False).to_numpy(zero_copy_only=False),
-            source,
-            ids,
-            f"{name!r} holds no finite number",
-        )
-        found[:, at] = pc.utf8_trim_whitespace(texts).cast(pa.float64()).to_numpy()
-        too_large = np.abs(found[:, at]) > np.finfo(np.float32).max
-        _refuse(too_large, source, ids, f"{name!r} holds no finite number")
+        numbers, fault = column, f"{name!r} holds no finite number"
+        if not pa.types.is_floating(column.type):
+            texts = _strings(column, source, name)
+            number = pc.match_substring_regex(texts, r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$")
+            wrong = ~pc.fill_null(number, False).to_numpy(zero_copy_only=False)
+            _refuse(wrong, source, ids, fault, each)
+            numbers = pc.utf8_trim_whitespace(texts)
+        found[:, at] = numbers.cast(pa.float64()).to_numpy(zero_copy_only=False)  # nan where there is none
+        _refuse(~(np.abs(found[:, at]) <= np.finfo(np.float32).max), source, ids, fault, each)
     return found
 
 
@@ -203,9 +201,10 @@ def _verdicts(
     return np.array(list(known.values()), dtype=np.int64)[places.to_numpy()]
 
 
-def _refuse(wrong: NDArray[np.bool_], source: str, ids: Sequence[str] | NDArray[np.str_], fault: str) -> None:
+def _refuse(wrong: NDArray[np.bool_], source: str, ids: Sequence[str], fault: str, each: int = 1) -> None:
+    """wrong (N each,)"""
     if wrong.any():
-        first = str(ids[int(wrong.argmax())])
+        first = ids[int(wrong.argmax()) // each]
         raise DataError(f"{source}: {fault}: {wrong.sum()} times, first in row {first!r}: mend the file")
 
 
