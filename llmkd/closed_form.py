@@ -112,13 +112,15 @@ def _softmaxes(
     z: Tensor, masses: dict[float, float | Tensor], grad: Tensor, a: Tensor, p: Tensor
 ) -> dict[float, Tensor]:
     """grad = Σ_T masses[T] softmax(z / T), one softmax a temperature. {T: log Σ exp(z / T)  # (b,)}"""
-    grad.zero_()
+    if not masses:
+        grad.zero_()
     log_sums = {}
     for i, (t, mass) in enumerate(masses.items()):
         told, out = z if t == 1 else torch.div(z, t, out=a), p if i else grad
         torch.softmax(told, -1, out=out)
         log_sums[t] = _log_sum(told, out)
-        out.mul_(mass)
+        if isinstance(mass, Tensor) or mass != 1:
+            out.mul_(mass)
         if i:
             grad.add_(out)
     return log_sums
