@@ -115,7 +115,7 @@ def load_extra(method: nn.Module, buffered: dict[str, Tensor], extra: Any) -> No
     own = buffers(method)
     for name, tensor in buffered.items():
         own[name].copy_(tensor)
-    if _has_extra(method):
+    if _has_extra(method) and extra is not None:
         method.set_extra_state(extra)
 
 

@@ -59,8 +59,7 @@ def _split(
     number = int(groups.max()) + 1
     alone = len(groups) == number
     if stratify and not alone and number > WALKED:
-        _, first = np.unique(groups, return_index=True)  # so many are dealt by their first rows' classes
-        return _split(classes[first], np.arange(number), count, seed, stratify=True)[groups]
+        return _dealt(classes, groups, count, seed)
     kind = StratifiedKFold if alone and stratify else StratifiedGroupKFold if stratify else GroupKFold
     if count > np.unique(classes, return_counts=True)[1].max() or count > number:
         raise DataError(f"{count} folds for {len(classes)} rows are too many: lower folds.count")
@@ -69,6 +68,20 @@ def _split(
     parts = splitter.split(classes, classes, None if alone and stratify else groups)
     for fold, (_, held_out) in enumerate(parts):
         folds[held_out] = fold
+    return folds
+
+
+def _dealt(classes: npt.NDArray[np.int64], groups: Ints, count: int, seed: int) -> npt.NDArray[np.int16]:
+    """Folds of very many groups: the largest are walked, the others dealt by their first rows' classes."""
+    sizes = np.bincount(groups)
+    large = np.zeros(len(sizes), dtype=bool)
+    large[np.argsort(-sizes, kind="stable")[: WALKED // 10]] = True
+    walked, folds = large[groups], np.full(len(groups), -1, dtype=np.int16)
+    _, codes = np.unique(groups[walked], return_inverse=True)
+    folds[walked] = _split(classes[walked], codes, count, seed, stratify=True)
+    _, first, codes = np.unique(groups[~walked], return_index=True, return_inverse=True)
+    small = classes[~walked][first]
+    folds[~walked] = _split(small, np.arange(len(small)), count, seed, stratify=True)[codes]
     return folds
 
 

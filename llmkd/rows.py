@@ -55,12 +55,15 @@ def prepare(
     _check_ids(given)
     ours, *rest = [keyed(table, kind, fields, group) for table in given]
     theirs = rest[0] if test is not None else None
-    ours, leaked = _without_leaks(ours, theirs, kind, group, leaks)
+    shared = "texts" if KINDS[kind].FIELDS else "content"
+    if group:
+        shared = group if group in fields else f"{group} or the {shared}"
+    ours, leaked = _without_leaks(ours, theirs, shared, leaks)
     report: dict[str, Any] = {"leaks": {"policy": leaks, **leaked}}
     if known is not None:
         ours, report["leaks"]["in_train"] = _without_known(ours, keyed(known, kind, fields, None))
     if transfer is not None:
-        rest[-1], leaked = _without_leaks(rest[-1], theirs, kind, group, leaks)
+        rest[-1], leaked = _without_leaks(rest[-1], theirs, shared, leaks)
         rest[-1], twice = _without_known(rest[-1], ours)
         report["leaks"]["transfer"] = {**leaked, "in_train": twice}
     parts, groups = [ours, *rest], [together(ours), *(part.group for part in rest)]
@@ -99,15 +102,12 @@ def _check_ids(parts: Sequence[pa.Table]) -> None:
         )
 
 
-def _without_leaks(
-    ours: Keyed, test: Keyed | None, kind: str, group: str | None, leaks: str
-) -> tuple[Keyed, dict[str, int]]:
-    """Our rows less those that are in the test part, and how many those were."""
+def _without_leaks(ours: Keyed, test: Keyed | None, shared: str, leaks: str) -> tuple[Keyed, dict[str, int]]:
+    """Our rows less those that are in the test part, and how many those were. shared: what is looked at."""
     if test is None:
         return ours, {"rows": 0, "dropped": 0}
     leaked = np.isin(ours.content, test.content) | np.isin(ours.group, test.group)
-    count, named = int(leaked.sum()), "texts" if KINDS[kind].FIELDS else "content"
-    what = f"the {group or named} of a test row"
+    count, what = int(leaked.sum()), f"the {shared} of a test row"
     if leaks == "error" and count:
         first = ours.table["id"][int(leaked.argmax())].as_py()
         raise DataError(

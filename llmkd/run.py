@@ -31,6 +31,7 @@ from llmkd.errors import RunError
 MANIFEST = "manifest.json"
 CHECKPOINT = "checkpoint"  # what a unit in the making keeps for the process that goes on with it
 NOTE = "fingerprint"  # in there: what that unit is made from
+WHOLE_NOTE = "whole.json"  # ... and what of its checkpoints was about to move into it
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "optimum", "gptqmodel", "llmkd")
 
 
@@ -39,7 +40,7 @@ class Unit:
     """A directory in the making. Fill `path`; leave counts and figures in `rows` and `metrics`.
 
     What lies in `checkpoints` outlives an interruption, and goes when the unit is finished, but for what
-    `whole` names: that moves into the unit in the same moment, as it may have taken days to make.
+    `whole` names: that moves into the unit, at the last moment, as it may have taken days to make.
     """
 
     path: Path
@@ -177,6 +178,10 @@ def _begin(unit: Unit, mark: str) -> None:
     """An empty unit, but for the checkpoints of one that was to be made from the same."""
     note = unit.checkpoints / NOTE
     if note.is_file() and note.read_text(encoding="utf-8") == mark:
+        moved = unit.checkpoints / WHOLE_NOTE
+        for name in json.loads(moved.read_text(encoding="utf-8")) if moved.is_file() else []:
+            if (unit.path / name).exists():  # of a kill before the unit got its name
+                os.rename(unit.path / name, unit.checkpoints / name)
         for path in unit.path.iterdir():
             if path.is_dir() and path != unit.checkpoints:
                 shutil.rmtree(path)
@@ -214,6 +219,8 @@ def _finish(
     }
     for path in files.values():
         _sync(path)
+    if unit.whole:
+        write_json(unit.checkpoints / WHOLE_NOTE, unit.whole)
     for name in unit.whole:
         os.rename(unit.checkpoints / name, unit.path / name)
     data = json.loads(json.dumps(data, default=str))

@@ -16,7 +16,9 @@ class Folds(Closed):
     """Training rows in parts: each fold's models learn from all the others and are scored on it."""
 
     count: int = Field(5, ge=1, description="1: one model on all rows, no development rows")
-    group: str | None = Field(None, description="rows that share this field stay in one fold")
+    group: str | None = Field(
+        None, description="rows that share this field stay in one fold, as equal rows do; empty is none"
+    )
     stratify: bool = Field(True, description="equal shares of each class in every fold")
 
 

@@ -28,7 +28,7 @@ def test_groups_stay_whole_and_classes_in_proportion() -> None:
 
 
 def test_many_groups_are_dealt_and_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folds, "WALKED", 10)
+    monkeypatch.setattr(folds, "WALKED", 80)
     labels, groups = labelled()
     found = folds.assign(labels, groups, 5, seed=1)
     folds.check(found, groups)
@@ -37,6 +37,16 @@ def test_many_groups_are_dealt_and_stay_whole(monkeypatch: pytest.MonkeyPatch) -
     sizes = np.bincount(found)
     assert len(sizes) == 5
     assert sizes.min() > 0.7 * sizes.max()
+
+
+def test_the_largest_of_many_groups_are_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dealt by number alone, a few users of many rows would make folds of any size."""
+    monkeypatch.setattr(folds, "WALKED", 1000)
+    groups = np.concatenate([np.arange(1100), np.repeat(np.arange(20), 200)])
+    labels = np.random.default_rng(1).integers(0, 3, len(groups))
+    found = folds.assign(labels, groups, 5, seed=1)
+    folds.check(found, groups)
+    assert np.bincount(found).min() > 0.95 * np.bincount(found).max()
 
 
 def test_the_seed_decides() -> None:

@@ -197,6 +197,20 @@ def test_checkpointing_and_smaller_batches_save_activations() -> None:
     assert long > 1.2 * whole
 
 
+def test_a_head_that_only_its_model_can_compute_makes_whole_logits() -> None:
+    from llmkd.models import head
+
+    assert shapes.SCALED == head.SCALED
+    plain = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    plain |= {"num_attention_heads": 2, "vocab_size": 32_000}
+    found = [
+        activations.head(shapes.from_config({**plain, **more}), way(classes=None), (8, 1024))
+        for more in ({}, {"logits_scaling": 8.0})
+    ]
+    assert found[1] > 8 * 1024 * 32_000 * 10
+    assert found[0] < 0.1 * found[1]
+
+
 def test_blocks_and_chunks_are_those_that_compute() -> None:
     from llmkd import chunked, closed_form
     from llmkd.models import blocks, passes

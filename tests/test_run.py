@@ -337,8 +337,9 @@ def test_checkpoints_outlive_an_interruption_and_go_with_the_last_of_it(tmp_path
     assert attempt({"a": 3}, False) == [], "another unit's checkpoints are no start"
 
 
+@pytest.mark.parametrize("at", ["file_entry", "write_json", "_replace"])
 def test_what_is_whole_among_the_checkpoints_outlives_a_kill_until_the_unit_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def attempt() -> list[str]:
         with run.writing(tmp_path / "unit", "s", {}, {}, 0, alone=True) as unit:
@@ -349,11 +350,15 @@ def test_what_is_whole_among_the_checkpoints_outlives_a_kill_until_the_unit_stan
             unit.whole.append("cache")
         return found
 
-    def killed(path: Path) -> dict[str, Any]:
+    write = run.write_json
+
+    def killed(path: Path, *more: Any) -> None:
+        if path.name == run.WHOLE_NOTE:  # the manifest is what comes after it
+            return write(path, *more)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "file_entry", killed)  # while its bytes are read
+        patch.setattr(run, at, killed)  # while its bytes are read, and ever later
         with pytest.raises(KeyboardInterrupt):
             attempt()
     assert attempt() == ["shard"]

@@ -151,6 +151,16 @@ def test_an_artifact_without_a_pad_token_is_refused(copy: Path, capsys: pytest.C
     assert f"{own}: its tokenizer has no pad token; set one and save it again" in one_error(capsys)
 
 
+def test_a_model_is_pretrained_on_no_labels_of_the_training_rows(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It starts every fold, and so would know those of the rows that a fold holds out."""
+    assert (
+        tiny.stage("01_pretrain", f"run={copy}", "--model=qwen", "pretrain.1.data=arena:rows=96,seed=1") == 2
+    )
+    assert "pretrain.1.data = arena:rows=96,seed=1: every row stands in task.train too" in one_error(capsys)
+
+
 def test_no_file_names_this_machine(finished: Path) -> None:
     for path in (path for path in finished.rglob("*") if path.is_file()):
         assert str(finished).encode() not in path.read_bytes(), path

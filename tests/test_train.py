@@ -14,8 +14,9 @@ from llmkd import train
 from llmkd.errors import DataError, ModelError
 from llmkd.methods.cached import Cached
 from llmkd.methods.feature import Feature
-from llmkd.methods.next_token import next_token
+from llmkd.methods.next_token import WholeLogits, next_token
 from llmkd.methods.online import Online
+from llmkd.methods.sequence import Sequence
 from llmkd.models.lora import add_lora, trainable, trainable_state
 from llmkd.objective import HARD, Objective
 from llmkd.train import dev_log_loss, fit, predict
@@ -301,6 +302,36 @@ def test_next_token_is_the_mean_over_real_targets() -> None:
             ids = examples.inputs(np.array([row]))["input_ids"]
             plain = model(input_ids=ids, labels=ids).loss
             assert loss[row].item() == pytest.approx(plain.item(), rel=1e-4)
+    torch.testing.assert_close(parts["ce"], loss)
+
+
+def test_a_head_that_does_more_than_multiply_and_cap_keeps_its_own_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    examples, labels = tiny.examples(5), torch.full((5,), -1)
+    assert isinstance(next_token(tiny.causal_lm()), Sequence)
+    told = tiny.causal_lm(logit_scale=0.5)
+    assert isinstance(next_token(told), WholeLogits)
+    plain = LlamaForCausalLM.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        found = plain(*args, **kwargs)
+        found.logits = found.logits / 3
+        return found
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    model = tiny.causal_lm().eval()  # whose config tells nothing of it
+    method = next_token(model)
+    assert isinstance(method, WholeLogits)
+    with torch.no_grad():
+        loss, parts = method(examples.inputs(np.arange(5)), labels)
+        for row in range(5):
+            ids = examples.inputs(np.array([row]))["input_ids"]
+            own = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            expected = -own[torch.arange(ids.shape[1] - 1), ids[0, 1:]].mean()
+            assert loss[row].item() == pytest.approx(expected.item(), rel=1e-4)
     torch.testing.assert_close(parts["ce"], loss)
 
 

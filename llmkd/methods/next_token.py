@@ -4,20 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from llmkd.methods.sequence import Sequence
-from llmkd.models.head import head_rows, oddity
+from llmkd.models.head import head_of, head_rows, hidden_states, oddity
 from llmkd.models.pooling import autocast
 from llmkd.objective import HARD
+from llmkd.train import inference
 
 
 def next_token(student: nn.Module, precision: str = "fp32") -> nn.Module:
     """What learns every next token: without whole logits, where the head is a plain matrix."""
-    if oddity(student):
+    if oddity(student) or not _agrees(student):
         return WholeLogits(student, precision)
     return Sequence(student, HARD, vocab=head_rows(student), precision=precision)
+
+
+def _agrees(student: nn.Module, tolerance: float = 2e-2) -> bool:
+    """Whether its head makes its logits of its states, asked of a few words: a config need not tell.
+
+    A model that ZeRO-3 has cut up cannot be asked before its training.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in student.parameters()):
+        return True
+    ids = torch.arange(3, 8, device=next(student.parameters()).device)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with inference(student):
+        own = student(**inputs, use_cache=False).logits.float()  # (1, 5, V)
+        states = hidden_states(student, inputs)
+        made = head_of(student).logits(states.to(head_of(student).weight.dtype)).float()
+    near = own.shape == made.shape and (own - made).abs().max() <= tolerance * own.abs().max()
+    return bool(near)
 
 
 class WholeLogits(nn.Module):

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from llmkd.errors import ModelError
 from llmkd.models.pooling import autocast, backbone
 
-SCALED = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # heads that do more than multiply and cap
+# what makes a head do more than multiply and cap, by its config's word
+SCALED = (
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logits_mup_width_multiplier",
+    "unpadded_vocab_size",
+)
 
 
 @dataclass(frozen=True)

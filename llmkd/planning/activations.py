@@ -154,7 +154,8 @@ def activations(shape: Shape, way: Way, micro: Micro) -> float:
 def head(shape: Shape, way: Way, micro: Micro) -> float:
     """Bytes of a language model's head: logits of 128 tokens, four float32 passes over some of them, and the
     head's own gradient if it learns. With teachers beside, 16 bytes a word of 128 tokens, more than of up
-    to three, or of any divergence. A classifier has none to speak of."""
+    to three, or of any divergence. Logits of all tokens where its own
+    model alone can compute them. A classifier has none to speak of."""
     if way.classes is not None:
         return 0.0
     tokens, v, h = micro[0] * micro[1], shape.vocab, shape.hidden
@@ -164,6 +165,8 @@ def head(shape: Shape, way: Way, micro: Micro) -> float:
     own = copy + (4.0 * v * h if learns else 0.0)
     if way.compared:
         return 16.0 * (at_once + min(at_once, 2.0**22)) + own
+    if shape.whole_logits:  # with log-softmax and its gradient
+        return tokens * v * (10.0 if bf16 else 12.0) + own
     passes = min(at_once, float(WIDE * (4 if way.device == "cuda" else 1)))
     return at_once * (2 if bf16 else 4) + 16.0 * passes + own
 
