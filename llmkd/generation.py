@@ -138,11 +138,13 @@ def check_packing(model: nn.Module, tolerance: float = 1e-2) -> None:
     """Whether a pack's documents do not see one another in this model, by its own states of two of them.
 
     Raises ModelError where it, or its attention's implementation, does not go by position_ids.
-    A model that ZeRO-3 has cut up cannot be asked before its training.
+    A model that ZeRO-3 has cut up cannot be asked before its training, and says so.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return
     device, kind = next(model.parameters()).device, inner(model).config.model_type
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        if ranks.is_main():
+            print(f"{kind}: whether a pack's documents see one another is asked in stage 06", flush=True)
+        return
     ids = torch.arange(3, 11, device=device)[None]  # any words
     places = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=device)
     with inference(model):
