@@ -171,9 +171,9 @@ def hook() -> None:
     def importing(name: str, *args: Any, **more: Any) -> Any:
         found = original(name, *args, **more)
         steps, train, quantize = (sys.modules.get(f"llmkd.{one}") for one in ("steps", "train", "quantize"))
-        if hasattr(steps, "StepTrainer") and "steps" not in done:
+        trainer: Any = getattr(steps, "StepTrainer", None)
+        if trainer and "steps" not in done:
             done.add("steps")
-            trainer: Any = steps.StepTrainer  # type: ignore[union-attr]
             optimizer = sys.modules["accelerate.optimizer"].AcceleratedOptimizer
             step = clocked("compute", trainer.training_step)
             for owner, method in ((trainer, "_clip_grad_norm"), (optimizer, "step")):

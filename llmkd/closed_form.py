@@ -54,9 +54,9 @@ def closed_form(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Losses (n,) and parts of n tokens, and the gradient (n, V) of the student's raw logits, which stands
     where they were."""
-    online = [one for one in teachers if not isinstance(one, Sparse)]
-    raw = [_product(*one, out) for one, out in zip([(hidden, head), *online], room.raw, strict=False)]
-    caps = [one.softcap for _, one in [(hidden, head), *online]]
+    models = [(hidden, head), *(one for one in teachers if not isinstance(one, Sparse))]
+    raw = [_product(*one, out) for one, out in zip(models, room.raw, strict=False)]
+    caps = [one.softcap for _, one in models]
     found = []
     for begin in range(0, len(hidden), len(room.passes[0])):
         rows = slice(begin, begin + len(room.passes[0]))

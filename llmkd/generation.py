@@ -24,6 +24,7 @@ from llmkd.models.head import (
     target_mask,
     with_heads,
 )
+from llmkd.models.lora import sharded
 from llmkd.train import inference
 
 
@@ -141,7 +142,7 @@ def check_packing(model: nn.Module, tolerance: float = 1e-2) -> None:
     A model that ZeRO-3 has cut up cannot be asked before its training, and says so.
     """
     device, kind = next(model.parameters()).device, inner(model).config.model_type
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if sharded(model):
         if ranks.is_main():
             print(f"{kind}: whether a pack's documents see one another is asked in stage 06", flush=True)
         return

@@ -72,7 +72,7 @@ def learn(config: Config, which: Student, kinds: list[str], folds: list[int]) ->
         best = metrics["best"]  # None without development rows
         said = last_loss(metrics) if best is None else f"development log loss {best:.6f}"
         say(f"{recipe.directory}: {said}")
-        fits = []  # before the next fold's teachers or peers are loaded
+        del fits  # before the next fold's teachers or peers are loaded
 
 
 if __name__ == "__main__":

@@ -198,9 +198,6 @@ def test_checkpointing_and_smaller_batches_save_activations() -> None:
 
 
 def test_a_head_that_only_its_model_can_compute_makes_whole_logits() -> None:
-    from llmkd.models import head
-
-    assert shapes.SCALED == head.SCALED
     plain = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     plain |= {"num_attention_heads": 2, "vocab_size": 32_000}
     found = [

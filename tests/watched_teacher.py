@@ -8,6 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from llmkd import loading
 from llmkd.methods.online import Online
@@ -48,6 +49,5 @@ def told(config: Any, which: Any, *args: Any) -> Any:
     return network, reader
 
 
-setattr(Online, "forward", watched)  # noqa: B010
-setattr(loading, "load_model", told)  # noqa: B010
-runpy.run_path(sys.argv[0], run_name="__main__")
+with patch.object(Online, "forward", watched), patch.object(loading, "load_model", told):
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from llmkd.methods.sequence import Sequence
 from llmkd.models.head import head_of, head_rows, hidden_states, oddity
+from llmkd.models.lora import sharded
 from llmkd.models.pooling import autocast
 from llmkd.objective import HARD
 from llmkd.train import inference
@@ -27,14 +28,14 @@ def _agrees(student: nn.Module, tolerance: float = 2e-2) -> bool:
 
     A model that ZeRO-3 has cut up cannot be asked before its training.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in student.parameters()):
+    if sharded(student):
         return True
     ids = torch.arange(3, 8, device=next(student.parameters()).device)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with inference(student):
         own = student(**inputs, use_cache=False).logits.float()  # (1, 5, V)
-        states = hidden_states(student, inputs)
-        made = head_of(student).logits(states.to(head_of(student).weight.dtype)).float()
+        states, head = hidden_states(student, inputs), head_of(student)
+        made = head.logits(states.to(head.weight.dtype)).float()
     near = own.shape == made.shape and (own - made).abs().max() <= tolerance * own.abs().max()
     return bool(near)
 

@@ -12,17 +12,7 @@ from torch import Tensor, nn
 
 from llmkd.errors import ModelError
 from llmkd.models.pooling import autocast, backbone
-
-# what makes a head do more than multiply and cap, by its config's word
-SCALED = (
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-    "logits_mup_width_multiplier",
-    "unpadded_vocab_size",
-)
+from llmkd.models.scaled import scaled_by
 
 
 @dataclass(frozen=True)
@@ -64,8 +54,7 @@ def inner(model: Any) -> Any:
 def oddity(model: Any) -> str | None:
     """What makes a causal LM's head more than one plain matrix and a cap; None where nothing does."""
     layer, config = inner(model).get_output_embeddings(), inner(model).config.get_text_config()
-    scaled = next((name for name in SCALED if getattr(config, name, None) not in (None, 1)), None)
-    if scaled:
+    if scaled := scaled_by(vars(config)):
         return f"its config sets {scaled}"
     plain = type(layer) is nn.Linear and layer.bias is None
     return None if plain else f"it is a {type(layer).__name__}, or has a bias"

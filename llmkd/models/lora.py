@@ -108,6 +108,11 @@ def load_trainable(model: nn.Module, state: dict[str, Tensor]) -> None:
                     parameter.copy_(state[name])
 
 
+def sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 has cut up any of its weights: then it cannot run outside a training."""
+    return any(map(_sharded, model.parameters()))
+
+
 def _sharded(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 

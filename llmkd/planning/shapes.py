@@ -7,19 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmkd.models.scaled import scaled_by
+
 DECODERS = ("llama", "mistral", "qwen2", "gemma2")  # counted by formula, as encoders are
 ENCODERS = ("bert", "deberta-v2")
-# of llmkd.models.head, which imports torch; and whose language models' heads have a bias
-SCALED = (
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "logits_soft_cap",
-    "output_logit_soft_cap",
-    "logits_mup_width_multiplier",
-    "unpadded_vocab_size",
-)
-BIASED = ("phi", "gptj", "codegen")
+BIASED = ("phi", "gptj", "codegen")  # their language models' heads have a bias
 EAGER = ("gemma2", "deberta-v2")  # transformers computes their attention as a matrix of L x L
 
 
@@ -138,7 +130,7 @@ def from_config(config: Mapping[str, Any]) -> Shape:
         softcap=capped,
         hidden_dropout=config.get("hidden_dropout_prob", 0.1) if encoder else 0.0,
         attention_dropout=config.get("attention_probs_dropout_prob", 0.1) if encoder else 0.0,
-        whole_logits=kind in BIASED or any(config.get(name) not in (None, 1) for name in SCALED),
+        whole_logits=kind in BIASED or scaled_by(config) is not None,
     )
 
 
